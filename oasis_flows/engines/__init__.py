@@ -1,0 +1,54 @@
+"""The seam between a run and what runs containers.
+
+An engine keeps these promises; `tests/contract` has a test for each number and runs them over every engine.
+
+1. A non-zero exit is a result. An exception means that the verdict is unknown, and says by `transient` whether trying
+   again can help.
+2. The log sink gets every byte once, in order, before `run` returns; stdout and stderr are told apart where the engine
+   can.
+3. Nothing is left behind on any path: success, failure, exception, time-out, cancellation, SIGTERM. After SIGKILL of the
+   process, the next `reap` removes what its lease no longer covers, or `run` re-attaches when it is called again with
+   the same `run_id`.
+4. Read-only mounts are; the environment is exactly the job's on top of the image's; resources are hard limits.
+5. The time-out ends the container with its own reason.
+6. Death by memory says so, with limit and peak, also when only a child process was killed.
+7. What an engine cannot do it refuses before it starts anything.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..job import ContainerExit, ContainerJob, ImageSource, LogSink
+
+__all__ = ["Engine"]
+
+
+class Engine(Protocol):
+    """Runs containers. See the module's docstring for what every implementation promises."""
+
+    def prepare(self, image: ImageSource) -> str:
+        """Make the image ready to run and return a reference to exactly these bytes (by digest).
+
+        Raises:
+            ImageNotFound, InvalidImageFile: the description is wrong.
+            ImageDenied, RegistryUnavailable, EngineUnavailable: the surroundings are.
+        """
+        ...
+
+    def run(self, job: ContainerJob, log: LogSink) -> ContainerExit:
+        """Run the job to its end. Called again with the `run_id` of a container that still exists, re-attach to it.
+
+        Raises:
+            UnsupportedByEngine, NoGpu: before anything started.
+            EngineUnavailable, ContainerLost: the verdict is unknown.
+        """
+        ...
+
+    def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0) -> tuple[str, ...]:
+        """Remove this package's containers that nobody owns any more; return their run ids.
+
+        With `run_id`: that run's containers, whatever their lease says. Without: those whose lease's owner is dead and
+        was last seen more than `grace_seconds` ago.
+        """
+        ...

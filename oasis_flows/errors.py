@@ -1,0 +1,175 @@
+"""Every error of this package, sorted by what its reader has to do.
+
+    OasisError
+    ├── DescriptionError         fix the description; trying again cannot help
+    │   ├── ImageNotFound            no registry has it under that name
+    │   └── InvalidImageFile         the archive is not one usable image
+    ├── DatasetError             fix the data or the store
+    │   ├── DatasetNotFound          nothing there, or a run that never published
+    │   ├── UnsafeName               a file name or link that cannot be carried safely
+    │   ├── ChecksumMismatch         the bytes are not those of the manifest
+    │   ├── StoreDenied              wrong credentials, or no right to do this
+    │   ├── StoreFull
+    │   └── StoreUnavailable *       the store did not answer
+    ├── EngineError              the verdict is unknown: mend the machine, or try again
+    │   ├── EngineUnavailable *      no engine answered
+    │   ├── ImageDenied              the registry refuses these credentials
+    │   ├── RegistryUnavailable *    the registry did not answer
+    │   ├── UnsupportedByEngine      it cannot do what the description asks for
+    │   │   └── NoGpu
+    │   └── ContainerLost *          it vanished before its exit was known
+    └── AlgorithmFailed          it ran and failed: read its log
+
+`*` marks `transient`: the same call may succeed later, and the tasks try again. A message says what happened to which
+object, why (the outside world's words quoted), and what to do. The first sentence stands alone: it becomes the message
+of the run's state.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from .job import ContainerExit
+
+
+class OasisError(Exception):
+    """Root of the tree. `code` is stable; `exit_code` is what the command line ends with."""
+
+    code: ClassVar[str] = "error"
+    transient: ClassVar[bool] = False
+    exit_code: ClassVar[int] = 3
+
+
+class DescriptionError(OasisError):
+    """The request is wrong as written."""
+
+    code = "invalid_description"
+    exit_code = 2
+
+
+class ImageNotFound(DescriptionError):
+    """No image answers to this reference."""
+
+    code = "image_not_found"
+
+
+class InvalidImageFile(DescriptionError):
+    """The archive cannot be used as one image."""
+
+    code = "image_invalid"
+
+
+class DatasetError(OasisError):
+    """The data or their store need mending."""
+
+    code = "invalid_dataset"
+    exit_code = 2
+
+
+class DatasetNotFound(DatasetError):
+    """There is no dataset at this place."""
+
+    code = "dataset_not_found"
+
+
+class UnsafeName(DatasetError):
+    """A name, link or special file that cannot be carried from one place to another safely."""
+
+    code = "unsafe_name"
+
+
+class ChecksumMismatch(DatasetError):
+    """The bytes differ from those that the manifest promises."""
+
+    code = "checksum_mismatch"
+    exit_code = 3
+
+
+class StoreDenied(DatasetError):
+    """The store refuses: wrong credentials, or no right to do this."""
+
+    code = "store_denied"
+    exit_code = 3
+
+
+class StoreFull(DatasetError):
+    """The store or the disk has no room left."""
+
+    code = "disk_full"
+    exit_code = 3
+
+
+class StoreUnavailable(DatasetError):
+    """The store did not answer, or broke off."""
+
+    code = "store_unavailable"
+    transient = True
+    exit_code = 3
+
+
+class EngineError(OasisError):
+    """The container engine failed; what the algorithm would have done is unknown."""
+
+    code = "engine_failed"
+
+
+class EngineUnavailable(EngineError):
+    """No engine answered."""
+
+    code = "engine_unavailable"
+    transient = True
+
+
+class ImageDenied(EngineError):
+    """The registry refuses to hand out the image."""
+
+    code = "image_denied"
+
+
+class RegistryUnavailable(EngineError):
+    """The registry did not answer."""
+
+    code = "registry_unavailable"
+    transient = True
+
+
+class UnsupportedByEngine(EngineError):
+    """The engine cannot do what the description asks for, and said so before anything started."""
+
+    code = "unsupported"
+
+
+class NoGpu(UnsupportedByEngine):
+    """The algorithm wants a GPU and the engine has none to give."""
+
+    code = "no_gpu"
+
+
+class ContainerLost(EngineError):
+    """The container vanished before its exit was known."""
+
+    code = "lost"
+    transient = True
+
+
+class AlgorithmFailed(OasisError):
+    """The container ran and did not succeed. `exit` says how it ended."""
+
+    code = "exit_nonzero"
+    exit_code = 1
+
+    def __init__(self, message: str, exit: ContainerExit) -> None:
+        super().__init__(message)
+        self.exit = exit
+
+    def __reduce__(self) -> tuple[type[AlgorithmFailed], tuple[str, ContainerExit]]:
+        """Pickle with both arguments: Prefect stores and rebuilds exceptions."""
+        return type(self), (str(self), self.exit)
+
+
+def first_sentence(error: BaseException) -> str:
+    """The part of an error's message that stands alone, up to the first full stop that ends a sentence."""
+    text = " ".join(str(error).split())
+    end = text.find(". ")
+    return text if end < 0 else text[: end + 1]

@@ -1,0 +1,235 @@
+"""What an engine is asked to run, and how it ended: values only.
+
+A `ContainerJob` is complete: an engine needs nothing else, reads no environment and no setting. Sizes are bytes, times
+are seconds or aware datetimes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, Protocol
+
+from .errors import AlgorithmFailed, DescriptionError
+
+Stream = Literal["stdout", "stderr"]
+
+
+class LogSink(Protocol):
+    """Takes the container's output. Called by one thread at a time, in the order of arrival."""
+
+    def __call__(self, stream: Stream, data: bytes) -> None: ...
+
+
+class Reason(StrEnum):
+    """How a container ended: a closed set of stable codes."""
+
+    OK = "ok"
+    EXIT_NONZERO = "exit_nonzero"
+    OUT_OF_MEMORY = "out_of_memory"
+    TIMED_OUT = "timed_out"
+    KILLED = "killed"
+    COMMAND_NOT_FOUND = "command_not_found"
+    NOT_EXECUTABLE = "not_executable"
+    EXEC_FORMAT = "exec_format"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistryLogin:
+    """A user name and password for one registry; the password never shows in `repr`."""
+
+    registry: str
+    username: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSource:
+    """Where an image comes from: exactly one of a registry reference and an archive.
+
+    `image_file` is a local path or any fsspec URL; `storage_options` are fsspec's for that URL.
+    """
+
+    image_id: str | None = None
+    image_file: str | None = None
+    login: RegistryLogin | None = None
+    storage_options: Mapping[str, object] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if bool(self.image_id) == bool(self.image_file):
+            raise DescriptionError("An image comes from exactly one place. Give either image_id or image_file.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """A folder or file of the host, seen in the container under `target` (absolute)."""
+
+    source: Path
+    target: str
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """Hard limits. `gpus` is a number of devices, or "all"; 0 means none."""
+
+    cpus: float = 1.0
+    memory_bytes: int = 1 << 30
+    shm_bytes: int | None = None
+    tmp_bytes: int | None = None
+    pids: int = 1024
+    gpus: int | Literal["all"] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sandbox:
+    """What the container may do beyond computing on its two folders. The defaults are the closed door."""
+
+    network: bool = False
+    writable_root: bool = False
+    new_privileges: bool = False
+    capabilities: tuple[str, ...] = ()
+
+    @property
+    def loosened(self) -> tuple[str, ...]:
+        """The names of what was opened, for the record and for people."""
+        flags = (("network", self.network), ("writable_root", self.writable_root), ("new_privileges", self.new_privileges))
+        return tuple(name for name, on in flags if on) + tuple(f"capability {c}" for c in self.capabilities)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerJob:
+    """One container to run once.
+
+    `image` is what `Engine.prepare` returned. `command` and `entrypoint` are argument vectors; `None` leaves the
+    image's own. `environment` is added to the image's; `secret_environment` too, and its values are in no record.
+    `lease` is a file that the owner keeps locked as long as it lives (see `workspace.Lease`): who can lock it knows that
+    the owner is dead. `timeout_seconds` counts from the container's start; at its end the container gets SIGTERM, and
+    SIGKILL after `stop_grace_seconds`.
+    """
+
+    run_id: str
+    image: str
+    lease: Path
+    attempt: int = 1
+    entrypoint: tuple[str, ...] | None = None
+    command: tuple[str, ...] | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    secret_environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    mounts: tuple[Mount, ...] = ()
+    working_dir: str = "/work"
+    user: str = ""
+    resources: Resources = field(default_factory=Resources)
+    sandbox: Sandbox = field(default_factory=Sandbox)
+    timeout_seconds: float | None = None
+    stop_grace_seconds: float = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerExit:
+    """How a container ended.
+
+    `exit_code` is `None` when it never started. `in_force` is what the engine itself said, before the start, about
+    limits, sandbox, user and mounts (JSON values only). `memory_peak_bytes` is `None` where it could not be read.
+    `detail` quotes the engine where it said why.
+    """
+
+    reason: Reason
+    exit_code: int | None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    memory_limit_bytes: int | None = None
+    memory_peak_bytes: int | None = None
+    timeout_seconds: float | None = None
+    in_force: Mapping[str, object] = field(default_factory=dict)
+    detail: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """How long the container ran; 0 when it never started."""
+        if self.started_at is None or self.finished_at is None:
+            return 0.0
+        return (self.finished_at - self.started_at).total_seconds()
+
+    def raise_for_status(self, algorithm: str = "The algorithm", last_lines: Sequence[str] = ()) -> None:
+        """Return if the container succeeded; else raise `AlgorithmFailed` that says what happened and what to do."""
+        if self.reason is Reason.OK:
+            return
+        sentence, advice = explain(self)
+        said = f" Its last lines: {' | '.join(last_lines)}" if last_lines else " It wrote nothing to its log."
+        raise AlgorithmFailed(f"{algorithm} {sentence}. {advice}{said}", self)
+
+
+def explain(exit: ContainerExit) -> tuple[str, str]:
+    """What happened, as the end of a sentence that begins with the algorithm's name, and what to do about it."""
+    seconds = f"after {exit.seconds:.1f} s"
+    quoted = f" The engine said: {exit.detail}" if exit.detail else ""
+    match exit.reason:
+        case Reason.OK:
+            return f"succeeded {seconds}", ""
+        case Reason.EXIT_NONZERO:
+            return f"ended with exit code {exit.exit_code} {seconds}", "The reason is in its own log."
+        case Reason.OUT_OF_MEMORY:
+            return (
+                f"was killed for memory {seconds} (limit {human_bytes(exit.memory_limit_bytes)}, peak "
+                f"{human_bytes(exit.memory_peak_bytes)}, exit code {exit.exit_code})",
+                "Raise `memory` in the Algorithm document, or give it smaller files.",
+            )
+        case Reason.TIMED_OUT:
+            return (
+                f"was stopped at its time limit of {exit.timeout_seconds:g} s",
+                "Raise `timeout_seconds` in the Algorithm document, or give it fewer files.",
+            )
+        case Reason.KILLED:
+            return (
+                f"was killed from outside {seconds} (exit code {exit.exit_code})",
+                "Not by this run: somebody or something on the machine did; run it again." + quoted,
+            )
+        case Reason.COMMAND_NOT_FOUND:
+            return (
+                "could not start, because its command is not in the image",
+                "Correct `command` or `entrypoint` in the Algorithm document; a path must exist inside the image." + quoted,
+            )
+        case Reason.NOT_EXECUTABLE:
+            return (
+                "could not start, because its command is not executable",
+                "Make the file executable in the image (chmod +x), or call it through its interpreter." + quoted,
+            )
+        case Reason.EXEC_FORMAT:
+            return (
+                "could not start, because its program is not made for this machine",
+                "Build the image for this machine's architecture; a script needs a first line such as #!/bin/sh." + quoted,
+            )
+
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as "512MiB", "1.5GiB", "2GB" or "1048576".
+
+    Raises:
+        DescriptionError: it is not such a size.
+    """
+    found = _SIZE.fullmatch(text)
+    if not found:
+        raise DescriptionError(f"{text!r} is not a size. Write a number and a unit, such as 512MiB, 2GiB or 4GB.")
+    unit = found[2] or ""
+    return int(float(found[1]) * _UNITS["k" if unit == "K" else unit])
+
+
+def human_bytes(count: int | None) -> str:
+    """A size as people read it: "1.5 GiB"; "unknown" for `None`."""
+    if count is None:
+        return "unknown"
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError(count)

@@ -1,0 +1,160 @@
+"""The list of a dataset's files: one JSON line a file, sorted by the bytes of its name.
+
+A manifest can be larger than memory, so it is never a list here: functions take and give iterators of `Entry`, and the
+only state is what a check needs. The digest of a manifest is the SHA-256 of its lines as written to `manifest.jsonl`,
+so two datasets with equal digests hold the same names and bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from .errors import DatasetError, UnsafeName
+
+MAX_SEGMENT_BYTES = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file: its name relative to the dataset, its size, and its SHA-256 (hex) once the bytes have been read.
+
+    `etag` is what an object store said when it was listed; it is never part of a published manifest.
+    """
+
+    path: str
+    bytes: int
+    sha256: str | None = None
+    etag: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a manifest adds up to. `digest` is `None` when not every file's SHA-256 is known."""
+
+    file_count: int
+    size_bytes: int
+    digest: str | None
+
+
+def to_line(entry: Entry) -> bytes:
+    """The entry as its line in a manifest, newline included."""
+    row: dict[str, object] = {"path": entry.path, "bytes": entry.bytes}
+    if entry.sha256 is not None:
+        row["sha256"] = entry.sha256
+    if entry.etag is not None:
+        row["etag"] = entry.etag
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def parse_line(line: bytes, number: int = 0) -> Entry:
+    """The entry that a line of a manifest describes.
+
+    Raises:
+        DatasetError: the line is not one of a manifest; the message names its number.
+    """
+    try:
+        row = json.loads(line)
+        path, size, sha256, etag = row["path"], row["bytes"], row.get("sha256"), row.get("etag")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DatasetError(f"Line {number} of the manifest is not one of a manifest: {line[:120]!r}.") from error
+    if not (isinstance(path, str) and isinstance(size, int) and size >= 0 and isinstance(sha256, str | None) and isinstance(etag, str | None)):
+        raise DatasetError(f"Line {number} of the manifest has a value of the wrong type: {line[:120]!r}.")
+    return Entry(path, size, sha256, etag)
+
+
+def parse(lines: Iterable[bytes]) -> Iterator[Entry]:
+    """The entries of a manifest, line by line; checked as `checked` does."""
+    return checked(parse_line(line, number) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def sort_key(path: str) -> bytes:
+    """The order of a manifest: by the UTF-8 bytes of the name, as object stores list."""
+    return path.encode()
+
+
+@dataclass(slots=True)
+class Tally:
+    """Adds a manifest up while its entries pass by."""
+
+    file_count: int = 0
+    size_bytes: int = 0
+    _digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    _complete: bool = True
+
+    def add(self, entry: Entry) -> bytes:
+        """Count the entry and return its line."""
+        line = to_line(entry)
+        self.file_count += 1
+        self.size_bytes += entry.bytes
+        self._digest.update(line)
+        self._complete &= entry.sha256 is not None
+        return line
+
+    def summary(self) -> Summary:
+        """What has passed by so far."""
+        return Summary(
+            file_count=self.file_count,
+            size_bytes=self.size_bytes,
+            digest=self._digest.hexdigest() if self._complete else None,
+        )
+
+
+def check_name(path: str) -> None:
+    """Return if the name can be carried to any store and any folder.
+
+    Raises:
+        UnsafeName: it could leave the folder, is not Unicode, or no file system could hold it.
+    """
+    try:
+        segments = path.encode().split(b"/")
+    except UnicodeEncodeError:
+        raise UnsafeName(f"The file name {path!r} is not valid UTF-8. Rename it (convmv -f latin1 -t utf8 helps).") from None
+    if b"\0" in path.encode():
+        raise UnsafeName(f"The file name {path!r} holds a NUL character. Rename it.")
+    for segment in segments:
+        if segment in (b"", b".", b".."):
+            why = {b"": "an empty part", b".": "the part '.'", b"..": "the part '..'"}[segment]
+            raise UnsafeName(f"The file name {path!r} has {why}, and could leave the dataset's folder. Rename it.")
+        if len(segment) > MAX_SEGMENT_BYTES:
+            raise UnsafeName(
+                f"The file name {path[:60]!r}… has a part of {len(segment)} bytes, and file systems hold {MAX_SEGMENT_BYTES}. Shorten it."
+            )
+
+
+def checked(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Pass sorted entries through, refusing what cannot be one folder of files.
+
+    Memory: the names on the way down to the current one, and one hash for each name that is not plain ASCII.
+
+    Raises:
+        UnsafeName: see `check_name`; or two names are the same once normalised; or a name is a file and a folder.
+        DatasetError: the entries are not sorted, or one comes twice.
+    """
+    ancestors: list[str] = []
+    normalised: set[bytes] = set()
+    previous: str | None = None
+    for entry in entries:
+        path = entry.path
+        check_name(path)
+        if previous is not None and sort_key(path) <= sort_key(previous):
+            what = "comes twice" if path == previous else f"comes after {previous!r} and should come before it"
+            raise DatasetError(f"The manifest's entry {path!r} {what}. A manifest is sorted and names each file once.")
+        while ancestors and not path.startswith(ancestors[-1]):
+            ancestors.pop()
+        for ancestor in ancestors:
+            if path[len(ancestor)] == "/":
+                raise UnsafeName(f"{ancestor!r} is a file and also the folder of {path!r}. Rename one of them.")
+        ancestors.append(path)
+        if not path.isascii():
+            key = hashlib.blake2b(unicodedata.normalize("NFC", path).encode(), digest_size=16).digest()
+            if key in normalised:
+                raise UnsafeName(
+                    f"{path!r} is the same name as another file's, written with other Unicode characters (NFC and NFD). Rename one of them."
+                )
+            normalised.add(key)
+        previous = path
+        yield entry
