@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from .errors import AlgorithmFailed, DescriptionError
 
@@ -154,6 +154,17 @@ class ContainerExit:
         if self.started_at is None or self.finished_at is None:
             return 0.0
         return (self.finished_at - self.started_at).total_seconds()
+
+    def to_json(self) -> dict[str, object]:
+        """The exit as JSON values; `from_json` reads them back."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ContainerExit:
+        """The exit that `to_json` wrote."""
+        times = {name: datetime.fromisoformat(text) for name in ("started_at", "finished_at") if (text := values[name])}
+        return cls(**{**values, **times, "reason": Reason(values["reason"])})
 
     def raise_for_status(self, algorithm: str = "The algorithm", last_lines: Sequence[str] = ()) -> None:
         """Return if the container succeeded; else raise `AlgorithmFailed` that says what happened and what to do."""

@@ -45,6 +45,10 @@ class Engine(Protocol):
         """
         ...
 
+    def find(self, run_id: str) -> bool:
+        """Is there a container of this run, running or ended, that `run` would re-attach to?"""
+        ...
+
     def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0) -> tuple[str, ...]:
         """Remove this package's containers that nobody owns any more; return their run ids.
 

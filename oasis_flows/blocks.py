@@ -1,0 +1,350 @@
+"""The block types: what people describe once, by hand in Prefect's UI, in YAML (`catalogue`) or in Python.
+
+A document never holds a secret in clear and never grows with the data. Whatever is wrong with a description is said here,
+when it is made, with what to write instead.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from prefect.blocks.core import Block
+from prefect_docker.credentials import DockerRegistryCredentials
+from prefect_docker.host import DockerHost
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
+
+from .command import VARIABLE_PREFIX, Scalar, as_argv
+from .errors import OasisError
+from .job import parse_bytes
+
+__all__ = ["Algorithm", "Dataset", "DatasetStore", "DockerImage"]
+
+_DOCUMENTATION = "https://docs.prefect.io/v3/concepts/blocks"
+# Block logos must be public addresses: these are the ones that prefect-docker's own blocks show.
+_LOGO = DockerHost._logo_url
+
+RESERVED_VARIABLES = frozenset({"OASIS_INPUT", "OASIS_OUTPUT", "OASIS_RUN_ID", "OASIS_GPU_COUNT"})
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
+_PARAMETER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(:[A-Za-z0-9_][A-Za-z0-9_.\-]*)?")
+# Docker refuses containers with less.
+_LEAST_MEMORY = 6 << 20
+
+
+class DockerImage(Block):
+    """A container image: from a registry, or from a file made by `docker save`.
+
+    Attributes:
+        image_id: A registry reference.
+        image_file: An image archive.
+        registry_credentials: A login for a private registry.
+
+    Example:
+        Describe an image once:
+        ```python
+        from oasis_flows.blocks import DockerImage
+
+        DockerImage(image_id="ghcr.io/acme/detector:1.4").save("detector")
+        ```
+        Load it:
+        ```python
+        from oasis_flows.blocks import DockerImage
+
+        image = DockerImage.load("BLOCK_NAME")
+        ```
+    """
+
+    _block_type_name = "Docker Image"
+    _block_type_slug = "docker-image"
+    _description = "A container image: from a registry, or from a file made by docker save."
+    _logo_url = _LOGO
+    _documentation_url: ClassVar[Any] = _DOCUMENTATION
+
+    image_id: str | None = Field(
+        default=None, description="Registry reference with a tag or digest, such as ghcr.io/acme/detector:1.4. Leave image_file empty then."
+    )
+    image_file: str | None = Field(
+        default=None,
+        description="Path or URL of an archive made by `docker save` (or an OCI layout), plain or gzip. Leave image_id empty then.",
+    )
+    registry_credentials: DockerRegistryCredentials | None = Field(default=None, description="Login for a registry that asks for one.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DockerImage:
+        if self.image_id and self.image_file:
+            raise ValueError("both image_id and image_file are given. Keep the one that the image comes from and remove the other")
+        if not self.image_id and not self.image_file:
+            raise ValueError("neither image_id nor image_file is given. Write image_id: NAME:TAG, or image_file: /path/to/image.tar")
+        if self.image_id and (re.search(r"\s", self.image_id) or "://" in self.image_id):
+            raise ValueError(f"image_id {self.image_id!r} is no image reference. Write it as for `docker pull`: registry/name:tag, without https://")
+        if self.image_file and "://" not in self.image_file and not Path(self.image_file).expanduser().is_absolute():
+            raise ValueError(f"image_file {self.image_file!r} is relative. Write the whole path: {Path(self.image_file).absolute()}")
+        return self
+
+
+class DatasetStore(Block):
+    """Where datasets are published, and how to get at what is there.
+
+    Attributes:
+        url: The folder or bucket under which output datasets are published.
+
+    Example:
+        ```python
+        from oasis_flows.blocks import DatasetStore
+
+        DatasetStore(url="s3://results/oasis", endpoint_url="https://s3.example.org").save("results")
+        store = DatasetStore.load("BLOCK_NAME")
+        ```
+    """
+
+    _block_type_name = "Dataset Store"
+    _block_type_slug = "dataset-store"
+    _description = "A folder or bucket under which output datasets are published, with its credentials."
+    _logo_url = _LOGO
+    _documentation_url: ClassVar[Any] = _DOCUMENTATION
+
+    url: str = Field(description="Root of the published datasets: s3://bucket/folder, or the whole path of a folder.")
+    endpoint_url: str | None = Field(default=None, description="Address of an S3 server that is not Amazon's, such as https://s3.example.org.")
+    access_key_id: str | None = Field(default=None, description="S3 access key. Empty: what the machine is configured with.")
+    secret_access_key: SecretStr | None = Field(default=None, description="S3 secret key that belongs to the access key.")
+    region: str | None = Field(default=None, description="S3 region, where the server asks for one.")
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        return _folder_url(value)
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _endpoint(cls, value: str | None) -> str | None:
+        if value and not re.match(r"https?://[^/\s]+", value):
+            raise ValueError(f"{value!r} is no address of a server. Write http://HOST:PORT or https://HOST")
+        return value or None
+
+    @model_validator(mode="after")
+    def _both_keys(self) -> DatasetStore:
+        if bool(self.access_key_id) != bool(self.secret_access_key):
+            raise ValueError("access_key_id and secret_access_key belong together. Give both, or neither to use the machine's own")
+        return self
+
+
+class Dataset(Block):
+    """A folder of files, anywhere: what an algorithm reads, and what it leaves.
+
+    Attributes:
+        url: The folder.
+        store: Where the credentials for it are.
+
+    Example:
+        ```python
+        from oasis_flows.blocks import Dataset
+
+        Dataset(url="s3://images/2026-11").save("november")
+        dataset = Dataset.load("BLOCK_NAME")
+        ```
+    """
+
+    _block_type_name = "Dataset"
+    _block_type_slug = "dataset"
+    _description = "A folder of files: what an algorithm reads, and what it leaves."
+    _logo_url = _LOGO
+    _documentation_url: ClassVar[Any] = _DOCUMENTATION
+
+    url: str = Field(description="The folder: the whole path of a local one, or a URL such as s3://bucket/folder.")
+    store: DatasetStore | None = Field(default=None, description="The store whose credentials open it. Not needed for local folders.")
+    file_count: int | None = Field(default=None, ge=0, description="How many files were found; filled in by oasis-flows.")
+    size_bytes: int | None = Field(default=None, ge=0, description="How many bytes they have together; filled in by oasis-flows.")
+    manifest_digest: str | None = Field(
+        default=None, description="SHA-256 of the manifest: names, sizes and digests of all files; filled in by oasis-flows."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        return _folder_url(value)
+
+
+class Algorithm(Block):
+    """What to run in an image, with what, and within which limits.
+
+    Attributes:
+        docker_image: The image.
+        command: What to run.
+
+    Example:
+        ```python
+        from oasis_flows.blocks import Algorithm, DockerImage
+
+        Algorithm(
+            docker_image=DockerImage.load("detector"),
+            command="detect --threshold {threshold} input output",
+            parameters={"threshold": 0.5},
+            gpu=True,
+            memory="8GiB",
+        ).save("detect-ships")
+        algorithm = Algorithm.load("BLOCK_NAME")
+        ```
+    """
+
+    _block_type_name = "Algorithm"
+    _block_type_slug = "algorithm"
+    _description = "What to run in a container image, with what, and within which limits."
+    _logo_url = _LOGO
+    _documentation_url: ClassVar[Any] = _DOCUMENTATION
+
+    docker_image: DockerImage = Field(description="The image that holds the program.")
+    command: str | list[str] | None = Field(
+        default=None, description="What to run, split like a shell would, or a list. {name} is replaced by a parameter. Empty: the image's own."
+    )
+    entrypoint: str | list[str] | None = Field(default=None, description="Replaces the image's entrypoint; written like command.")
+    environment: dict[str, str] = Field(default_factory=dict, description="Environment variables; {name} in a value is replaced by a parameter.")
+    secret_environment: dict[str, str] = Field(
+        default_factory=dict, description="Environment variables whose values are secret: variable name to the name of a Prefect Secret block."
+    )
+    gpu: bool = Field(default=False, description="Does it need a GPU.")
+    gpu_count: int | Literal["all"] = Field(default=1, description="How many GPUs, when it needs any; or all.")
+    cpus: float = Field(default=1, description="Hard limit of processors; 0.5 is half of one.")
+    memory: str = Field(default="1GiB", description="Hard limit of memory, such as 512MiB or 8GiB; there is no swap beyond it.")
+    shm_size: str | None = Field(default=None, description="Size of /dev/shm, such as 1GiB; PyTorch's data loaders need it.")
+    timeout_seconds: float | None = Field(default=None, description="Hard limit of its running time. Empty: none.")
+    network: bool = Field(default=False, description="May it use the network.")
+    user: str | None = Field(default=None, description="User it runs as, such as 1000:1000. Empty: the worker's own user and group.")
+    working_dir: str = Field(default="/work", description="Folder it starts in; input and output are below it.")
+    parameters: dict[str, Scalar | None] = Field(
+        default_factory=dict, description="Parameter names and defaults; a null default means that each run must give a value."
+    )
+    prerequisites: list[Any] = Field(default_factory=list, description="What must be in place before it runs.")
+    writable_root: bool = Field(default=False, description="May it write anywhere in its own file system, not only to output and /tmp.")
+    new_privileges: bool = Field(default=False, description="May its programs gain privileges, as sudo does.")
+    capabilities: list[str] = Field(default_factory=list, description="Linux capabilities it keeps, such as SYS_PTRACE; by default none.")
+    pids_limit: int = Field(default=1024, description="Hard limit of processes and threads at once.")
+    tmp_size: str | None = Field(default=None, description="Hard limit of /tmp, which lives in its memory. Empty: half of the machine's memory.")
+
+    @field_validator("command", "entrypoint")
+    @classmethod
+    def _splittable(cls, value: str | list[str] | None, info: ValidationInfo) -> str | list[str] | None:
+        _as_value_error(as_argv, value, str(info.field_name))
+        return value
+
+    @field_validator("environment", "secret_environment", mode="before")
+    @classmethod
+    def _variables(cls, value: object, info: ValidationInfo) -> object:
+        for name, text in value.items() if isinstance(value, Mapping) else ():
+            if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of a variable. Use letters, digits and _, not beginning with a digit")
+            if name in RESERVED_VARIABLES or name.startswith(VARIABLE_PREFIX):
+                raise ValueError(f"{name} is set by oasis-flows itself. Choose another name")
+            if not isinstance(text, str):
+                raise ValueError(f'the value of {name} is {text!r}, which is no text. Put it in quotes: {name}: "{str(text).lower()}"')
+            if "\0" in text:
+                raise ValueError(f"the value of {name} holds a NUL character. Remove it")
+            if info.field_name == "secret_environment" and not re.fullmatch(r"[a-z0-9-]+", text):
+                raise ValueError(f"{name} must name a Prefect Secret block (lower-case letters, digits, dashes), never hold the secret itself")
+        return value
+
+    @field_validator("cpus", "timeout_seconds")
+    @classmethod
+    def _positive(cls, value: float | None, info: ValidationInfo) -> float | None:
+        most, example = {"cpus": (1024, "0.5 or 4"), "timeout_seconds": (10 * 365 * 86400, "3600")}[str(info.field_name)]
+        if value is not None and not (math.isfinite(value) and 0.01 <= value <= most):
+            raise ValueError(f"{value} makes no sense. Write a number from 0.01 to {most}, such as {example}")
+        return value
+
+    @field_validator("gpu_count", mode="before")
+    @classmethod
+    def _gpus(cls, value: object) -> object:
+        if value != "all" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1024):
+            raise ValueError(f"{value!r} makes no sense. Write a whole number from 1, or all; for none at all leave gpu: false")
+        return value
+
+    @field_validator("pids_limit")
+    @classmethod
+    def _pids(cls, value: int) -> int:
+        if not 2 <= value <= 4_194_304:
+            raise ValueError(f"{value} makes no sense. Write a whole number from 2 to 4194304, such as 1024")
+        return value
+
+    @field_validator("memory", "shm_size", "tmp_size", mode="before")
+    @classmethod
+    def _size(cls, value: object, info: ValidationInfo) -> object:
+        if value is None and info.field_name != "memory":
+            return None
+        text = str(value)
+        least = _LEAST_MEMORY if info.field_name == "memory" else 1 << 10
+        size: int = _as_value_error(parse_bytes, text)
+        if not least <= size <= 1 << 50:
+            raise ValueError(f"{text} makes no sense. Write a size from {least >> 10}KiB to 1024TiB, such as 512MiB or 8GiB")
+        return text
+
+    @field_validator("user")
+    @classmethod
+    def _user(cls, value: str | None) -> str | None:
+        if value and not _USER.fullmatch(value):
+            raise ValueError(f"{value!r} is no user. Write UID:GID, such as 1000:1000, or a name that exists in the image")
+        return value or None
+
+    @field_validator("working_dir")
+    @classmethod
+    def _working_dir(cls, value: str) -> str:
+        path = value.rstrip("/")
+        parts = path.split("/")[1:]
+        if not value.startswith("/") or not path or any(p in ("", ".", "..") for p in parts) or any(ord(c) < 32 for c in value):
+            raise ValueError(f"{value!r} cannot be the working directory. Write a whole path with at least one folder, such as /work")
+        if parts[0] in ("proc", "sys", "dev"):
+            raise ValueError(f"{value!r} belongs to the kernel. Write another folder, such as /work")
+        return path
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _parameters(cls, value: object) -> object:
+        for name, default in value.items() if isinstance(value, Mapping) else ():
+            if not isinstance(name, str) or not _PARAMETER.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of a parameter. Use letters, digits and _, not beginning with a digit")
+            if not isinstance(default, str | int | float | bool | None):
+                raise ValueError(f"the default of {name} is {default!r}. Write text, a number, true or false; or null if each run must give it")
+            if isinstance(default, float) and not math.isfinite(default):
+                raise ValueError(f"the default of {name} is {default}. Write a number")
+        return value
+
+    @field_validator("capabilities")
+    @classmethod
+    def _capabilities(cls, value: list[str]) -> list[str]:
+        names = [name.upper().removeprefix("CAP_") for name in value]
+        if bad := [name for name in names if not re.fullmatch(r"[A-Z_]+", name) or name == "ALL"]:
+            raise ValueError(f"{bad[0]!r} is no single capability. Name each one, such as SYS_PTRACE")
+        return names
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> Algorithm:
+        if both := sorted(self.environment.keys() & self.secret_environment.keys()):
+            raise ValueError(f"{both[0]} is in environment and in secret_environment. Keep one of them")
+        return self
+
+
+def _folder_url(value: str) -> str:
+    """The URL of a folder as it is kept: no trailing slash, local paths whole."""
+    if not value.strip():
+        raise ValueError("the URL is empty. Write the whole path of a folder, or a URL such as s3://bucket/folder")
+    if "://" in value:
+        scheme, rest = value.split("://", 1)
+        if not rest.strip("/") and scheme != "memory":
+            raise ValueError(f"{value!r} names no folder. Write for example {scheme}://bucket/folder")
+        if re.search(r"^[^/@]*:[^/@]*@", rest):
+            raise ValueError("the URL holds a password. Put credentials into a DatasetStore document instead")
+        return value if value.endswith("://") else value.rstrip("/")
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        raise ValueError(f"{value!r} is relative, and a worker would look for it elsewhere. Write the whole path: {path.absolute()}")
+    return value.rstrip("/") or "/"
+
+
+def _as_value_error(function: Any, *arguments: Any) -> Any:
+    """Call a function of the floor; pydantic wants its refusals as `ValueError`."""
+    try:
+        return function(*arguments)
+    except OasisError as error:
+        raise ValueError(str(error)) from None

@@ -1,0 +1,200 @@
+"""The log of one container: every byte to a file, and a readable view of it to people while it happens.
+
+The file is exact, but for the values of secrets, which are replaced by `***`. The view is coalesced: at most one block
+a second, each cut in the middle when the container writes faster than anybody can read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from .job import Stream
+
+# Prefect Cloud takes 25 000 characters a record.
+BLOCK_CHARACTERS = 20_000
+VIEW_CHARACTERS = 5_000_000
+SECONDS_BETWEEN_BLOCKS = 1.0
+MASK = b"***"
+
+
+class Redactor:
+    """Replaces secret values in a stream of bytes, also those that are cut by the edge of a chunk."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        values = sorted({s.encode() for s in secrets if s}, key=len, reverse=True)
+        self._secrets: Sequence[bytes] = values
+        self._held = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """The part of the stream so far that can be shown; the beginning of what may be a secret is held back."""
+        if not self._secrets:
+            return data
+        text = self._replace(self._held + data)
+        keep = max((n for s in self._secrets for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def close(self) -> bytes:
+        """What was held back, at the end of the stream."""
+        held, self._held = self._held, b""
+        return held
+
+    def _replace(self, text: bytes) -> bytes:
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+        return text
+
+
+def redact(text: str, secrets: Iterable[str]) -> str:
+    """A text with every secret value replaced."""
+    for secret in sorted((s for s in secrets if s), key=len, reverse=True):
+        text = text.replace(secret, MASK.decode())
+    return text
+
+
+class RunLog:
+    """A log sink (`job.LogSink`) that writes the file and shows the view. Made by `record`."""
+
+    def __init__(self, file: BinaryIO, show: Callable[[str], None], secrets: Iterable[str]) -> None:
+        secrets = tuple(secrets)
+        self._file = file
+        self._view = _View(show)
+        self._redactors: dict[Stream, Redactor] = {"stdout": Redactor(secrets), "stderr": Redactor(secrets)}
+        self._lock = threading.Lock()
+
+    def __call__(self, stream: Stream, data: bytes) -> None:
+        with self._lock:
+            self._write(stream, self._redactors[stream].feed(data))
+
+    def show_due(self) -> None:
+        """Show what has waited long enough. Called by a clock, so that a quiet container's last lines come too."""
+        with self._lock:
+            self._view.show_due()
+
+    def close(self) -> None:
+        with self._lock:
+            for stream, redactor in self._redactors.items():
+                self._write(stream, redactor.close())
+            self._view.close()
+
+    def _write(self, stream: Stream, data: bytes) -> None:
+        if data:
+            self._file.write(data)
+            self._view.add(stream, data)
+
+
+@contextmanager
+def record(path: Path, show: Callable[[str], None], secrets: Iterable[str] = ()) -> Iterator[RunLog]:
+    """Write a container's output to `path` (emptied first) and show it by `show`, until the block ends."""
+    with path.open("wb", buffering=0) as file:
+        log = RunLog(file, show, secrets)
+        done = threading.Event()
+
+        def tick() -> None:
+            while not done.wait(SECONDS_BETWEEN_BLOCKS):
+                log.show_due()
+
+        clock = threading.Thread(target=tick, name="oasis-log-view", daemon=True)
+        clock.start()
+        try:
+            yield log
+        finally:
+            done.set()
+            clock.join()
+            log.close()
+
+
+class _View:
+    """Collects lines into blocks. Lines of stderr begin with `stderr | `."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._lines: list[str] = []
+        self._waiting = 0
+        self._omitted = 0
+        self._partial: dict[Stream, bytes] = {"stdout": b"", "stderr": b""}
+        self._shown = 0
+        self._last = 0.0
+
+    def add(self, stream: Stream, data: bytes) -> None:
+        text = self._partial[stream] + data
+        *lines, rest = text.split(b"\n")
+        # A line without an end is shown in pieces rather than kept for ever.
+        if len(rest) > BLOCK_CHARACTERS:
+            lines, rest = [*lines, rest], b""
+        self._partial[stream] = rest
+        self._take(stream, lines)
+        self.show_due()
+
+    def show_due(self) -> None:
+        if self._waiting and time.monotonic() - self._last >= SECONDS_BETWEEN_BLOCKS:
+            self._flush()
+
+    def close(self) -> None:
+        for stream, rest in self._partial.items():
+            self._take(stream, [rest] if rest else [])
+        self._partial = {"stdout": b"", "stderr": b""}
+        if self._waiting:
+            self._flush()
+
+    def _take(self, stream: Stream, lines: Sequence[bytes]) -> None:
+        mark = "stderr | " if stream == "stderr" else ""
+        for line in lines:
+            text = mark + line.decode(errors="replace").replace("\0", "�").removesuffix("\r")
+            self._waiting += 1
+            self._lines.append(text[:BLOCK_CHARACTERS])
+        # Only the beginning and the end of a flood are kept: the rest is in the file.
+        if len(self._lines) > 2000:
+            self._omitted += len(self._lines) - 1000
+            self._lines = self._lines[:500] + self._lines[-500:]
+
+    def _flush(self) -> None:
+        block = self._block()
+        self._lines, self._waiting, self._omitted = [], 0, 0
+        self._last = time.monotonic()
+        if self._shown >= VIEW_CHARACTERS:
+            return
+        self._shown += len(block)
+        if self._shown >= VIEW_CHARACTERS:
+            block += "\n[This view of the log ends here; log.txt goes on and has every byte.]"
+        self._show(block)
+
+    def _block(self) -> str:
+        half = BLOCK_CHARACTERS // 2 - 100
+        if not self._omitted and sum(len(line) + 1 for line in self._lines) <= 2 * half:
+            return "\n".join(self._lines)
+        head = _fitting(self._lines, half)
+        tail = _fitting(self._lines[len(head) :][::-1], half)[::-1]
+        left_out = self._waiting - len(head) - len(tail)
+        return "\n".join([*head, f"[{left_out} lines left out here; log.txt has every byte.]", *tail])
+
+
+def _fitting(lines: Sequence[str], characters: int) -> list[str]:
+    """As many of the first lines as fit; the first is cut rather than left out."""
+    taken: list[str] = []
+    for line in lines:
+        characters -= len(line) + 1
+        if characters < 0:
+            if not taken:
+                taken.append(line[: characters - 1] + " …")
+            break
+        taken.append(line)
+    return taken
+
+
+def last_lines(path: Path, count: int, characters: int = 2000) -> list[str]:
+    """The last lines of a log file that hold more than blanks, at most `characters` long together."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 4 * characters))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    lines = [line.rstrip() for line in text[-characters:].splitlines() if line.strip()]
+    return lines[-count:]
