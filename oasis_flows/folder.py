@@ -1,0 +1,221 @@
+"""Files in a local folder. No link is ever followed out of it, not even one that is put there while we look."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from .errors import DatasetError, UnsafeName
+from .manifest import Entry
+from .transfer import CHUNK_BYTES, Location, checkpoint, translated
+
+KINDS = {
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFIFO: "a fifo (named pipe)",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file of a folder: its name, its size, and the name where its bytes are (another one for a link)."""
+
+    name: str
+    bytes: int
+    real: str
+
+
+def refuse(message: str) -> None:
+    """What `walk` does with what cannot be carried, unless told otherwise."""
+    raise UnsafeName(message)
+
+
+def walk(root: Path, refused: Callable[[str], None] = refuse) -> Iterator[Found]:
+    """The files below `root`, sorted by the bytes of their names; one folder's names are held at a time.
+
+    Links to files inside are files; all other links and everything that is neither file nor folder go to `refused`.
+    """
+    levels = [_names(root, "")]
+    while levels:
+        name = next(levels[-1], None)
+        if name is None:
+            levels.pop()
+        elif name.endswith("/"):
+            levels.append(_names(root, name))
+        elif (found := _look(root, name, refused)) is not None:
+            yield found
+
+
+def _names(root: Path, folder: str) -> Iterator[str]:
+    """The names in one folder, folders with a slash at the end: so sorted, whole paths come in order."""
+    with translated(str(root / folder)), os.scandir(root / folder) as entries:
+        names = [f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries]
+    return iter([folder + name for name in sorted(names, key=os.fsencode)])
+
+
+def _look(root: Path, name: str, refused: Callable[[str], None]) -> Found | None:
+    with translated(str(root / name)):
+        facts = os.lstat(root / name)
+        kind = stat.S_IFMT(facts.st_mode)
+        if kind == stat.S_IFREG:
+            return Found(name, facts.st_size, name)
+        if kind != stat.S_IFLNK:
+            refused(f"{name!r} is {KINDS.get(kind, 'no file')} in {root}. A dataset holds files only: remove it.")
+            return None
+        real = _behind(root, name)
+        if isinstance(real, str):
+            refused(f"{name!r} is a link {real}. Replace it by the file itself (cp -L), or remove it.")
+            return None
+        return Found(name, (root / real).stat().st_size, str(real))
+
+
+def _behind(root: Path, name: str) -> PurePosixPath | str:
+    """The file inside that a link leads to, or (a str) why it must not be followed."""
+    target = os.readlink(root / name)  # noqa: PTH115
+    if target.startswith("/"):
+        return f"to the absolute path {target!r}, which is another place inside a container"
+    lexical = os.path.normpath(PurePosixPath(name).parent / target)
+    if lexical.startswith("../") or lexical == "..":
+        return f"to {target!r}, outside of {root}"
+    top, real = Path(os.path.realpath(root)), Path(os.path.realpath(root / name))
+    if not real.is_relative_to(top):
+        return f"to {target!r}, which leads out of {root}"
+    if real.is_dir():
+        return f"to the folder {target!r}, and links to folders cannot be carried"
+    if not real.is_file():
+        return f"to {target!r}, which is no file"
+    return PurePosixPath(real.relative_to(top))
+
+
+@contextmanager
+def opened(root: Path, name: str) -> Iterator[int]:
+    """A descriptor of the regular file `name` (no link on the way), for the time of the block."""
+    with translated(str(root / name)):
+        *folders, last = name.split("/")
+        at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for folder in folders:
+                below = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+                os.close(at)
+                at = below
+            file = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
+        finally:
+            os.close(at)
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise UnsafeName(f"{name!r} in {root} is no file any more. Run it again once nobody writes there.")
+        yield file
+    finally:
+        os.close(file)
+
+
+def chunks_of(descriptor: int, where: str) -> Iterator[bytes]:
+    """What is in an open file, a MiB at a time."""
+    while True:
+        checkpoint()
+        with translated(where):
+            chunk = os.read(descriptor, CHUNK_BYTES)
+        if not chunk:
+            return
+        yield chunk
+
+
+class Folder:
+    """The files of a local folder."""
+
+    def __init__(self, location: Location) -> None:
+        self.root = Path(location.path).expanduser()
+
+    def _where(self, name: str) -> str:
+        return str(self.root / name)
+
+    def list(self, folder: str = "") -> Iterator[Entry]:
+        """See `Files.list`.
+
+        Raises:
+            UnsafeName: something there is no file, or a link that cannot be carried.
+        """
+        top = self.root / folder
+        if top.exists() and not top.is_dir():
+            raise DatasetError(f"{top} is a file. A dataset is a folder: give the folder that it is in.")
+        for found in walk(top):
+            yield Entry(found.name, found.bytes)
+
+    def read(self, name: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:  # noqa: ARG002
+        """See `Files.read`."""
+        with translated(self._where(name)):
+            real = _behind(self.root, name) if (self.root / name).is_symlink() else name
+        with opened(self.root, str(real)) as file:
+            os.lseek(file, start, os.SEEK_SET)
+            yield from chunks_of(file, self._where(name))
+
+    def write(self, name: str, chunks: Iterable[bytes], size: int, *, last: bool = False) -> None:  # noqa: ARG002
+        """See `Files.write`: under another name first, then renamed."""
+        with translated(self._where(name), writing=True):
+            path = self._room_for(name)
+            part = path.with_name(f".{secrets.token_hex(8)}.part")
+            try:
+                with part.open("xb") as file:
+                    for chunk in chunks:
+                        checkpoint()
+                        file.write(chunk)
+                    file.flush()
+                    if last:
+                        os.fsync(file.fileno())
+                checkpoint()
+                part.replace(path)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+            if last:
+                self._settle(path.parent)
+
+    def link(self, name: str, descriptor: int) -> bool:
+        """Give the open file a second name here; `False` where the kernel does not (another file system, for one)."""
+        with translated(self._where(name), writing=True):
+            path = self._room_for(name)
+            try:
+                path.unlink(missing_ok=True)
+                os.link(f"/proc/self/fd/{descriptor}", path, follow_symlinks=True)
+            except OSError:
+                return False
+            return True
+
+    def _room_for(self, name: str) -> Path:
+        path = self.root / name
+        if path.is_dir() and not path.is_symlink():
+            raise DatasetError(f"{path} is a folder where a file has to be written. Move it away.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _settle(self, folder: Path) -> None:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def size(self, name: str) -> int:
+        """See `Files.size`."""
+        with translated(self._where(name)):
+            return (self.root / name).stat().st_size
+
+    def delete(self, names: Iterable[str]) -> None:
+        """See `Files.delete`; folders that become empty go too."""
+        for name in names:
+            with translated(self._where(name), writing=True):
+                path = self.root / name
+                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    while path.parent != self.root:
+                        path = path.parent
+                        path.rmdir()
+
+    def abandon(self) -> None:
+        """See `Files.abandon`: here every listing shows them."""

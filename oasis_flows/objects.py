@@ -1,0 +1,308 @@
+"""Objects in an S3 bucket: botocore finds, lists and deletes them, obstore moves their bytes.
+
+obstore moves small objects at a fifth of botocore's CPU; but its listing drops leading and trailing slashes, does not
+keep the order, and stops at names with control characters, which it cannot read or write either.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import obstore
+from obstore.store import S3Store
+
+from .errors import DatasetError, StoreDenied, StoreUnavailable
+from .manifest import Entry
+from .transfer import CHUNK_BYTES, Location, checkpoint, pause, translated, turn, wait
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, S3Credential
+
+PART_BYTES = 5 << 20
+SINGLE_PUT_BYTES = 1 << 20
+MOST_PARTS = 9000
+# Each holds up to three parts; together with the small files of all workers about 64 MiB.
+_large_uploads = threading.BoundedSemaphore(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a silent server is waited for: `seconds` each of `attempts` times; an upload's part may take longer."""
+
+    connect_seconds: float = 5
+    seconds: float = 10
+    part_seconds: float = 60
+    attempts: int = 3
+
+
+PATIENCE = Patience()
+
+
+class Objects:
+    """The objects below `s3://bucket/prefix/`. Safe to use from many threads.
+
+    Raises:
+        StoreDenied: there are no credentials anywhere.
+        DatasetError: the URL names no bucket, or the endpoint is no URL.
+    """
+
+    def __init__(self, location: Location) -> None:
+        self._url = location.url.rstrip("/")
+        self._bucket, _, prefix = location.path.partition("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+        if not self._bucket or self._bucket == "/":
+            raise DatasetError(f"{location.url} names no bucket. Write s3://bucket/folder.")
+        with translated(self._url):
+            try:
+                self._client = _client(location)
+                self._reads = self._store(PATIENCE.seconds)
+                self._writes = self._store(PATIENCE.part_seconds)
+            except ValueError as error:
+                raise DatasetError(
+                    f"{self._url} cannot be opened. {error}. Correct endpoint_url and region of its store."
+                ) from error
+
+    def _store(self, seconds: float) -> S3Store:
+        endpoint = self._client.meta.endpoint_url
+        client: ClientConfig = {
+            "allow_http": endpoint.startswith("http://"),
+            "connect_timeout": timedelta(seconds=PATIENCE.connect_seconds),
+            "read_timeout": timedelta(seconds=seconds),
+            # It counts the whole body; silence is what `read_timeout` bounds.
+            "timeout": timedelta(days=7),
+        }
+        bundle = os.environ.get("AWS_CA_BUNDLE")
+        if bundle and endpoint.startswith("https://"):
+            client["root_certificate"] = Path(bundle).read_bytes()
+        return S3Store(
+            self._bucket,
+            # The environment's value would win over `endpoint`.
+            endpoint=endpoint,
+            aws_endpoint_url_s3=endpoint,
+            region=self._client.meta.region_name,
+            virtual_hosted_style_request=False,
+            credential_provider=_Credentials(self._client),
+            client_options=client,
+            retry_config={
+                "max_retries": PATIENCE.attempts - 1,
+                "retry_timeout": timedelta(seconds=seconds * (PATIENCE.attempts - 1)),
+                "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=2), "base": 2},
+            },
+        )
+
+    def list(self, folder: str = "") -> Iterator[Entry]:
+        """See `Files.list`. Pages are fetched as they are needed; folder markers are left out."""
+        top = self._prefix + folder
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=top)
+        for page in _translated_each(pages, f"{self._url}/{folder}"):
+            for item in page.get("Contents", ()):
+                if item["Size"] or not item["Key"].endswith("/"):
+                    yield Entry(item["Key"][len(top) :], item["Size"], etag=item.get("ETag", "").strip('"') or None)
+
+    def read(self, name: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
+        """See `Files.read`. It goes on from where a connection broke, as long as each attempt brings something."""
+        where, version, offset, failures = f"{self._url}/{name}", _Version(etag), start, 0
+        while version.size is None or offset < version.size:
+            try:
+                for chunk in self._from(name, offset, version, where):
+                    offset, failures = offset + len(chunk), 0
+                    yield chunk
+                version.must_end(offset, where)
+            except StoreUnavailable:
+                failures += 1
+                if failures >= PATIENCE.attempts:
+                    raise
+                pause(0.2 * 2**failures)
+            else:
+                return
+
+    def _from(self, name: str, offset: int, version: _Version, where: str) -> Iterator[bytes]:
+        """The bytes from `offset` on, over one connection."""
+        with translated(where):
+            if _awkward(self._prefix + name):
+                answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name, Range=f"bytes={offset}-")
+                version.must_be(answer["ETag"], offset + answer["ContentLength"], where)
+                yield from answer["Body"].iter_chunks(CHUNK_BYTES)
+                return
+            stream = _Stream(self._reads, self._prefix + name, offset)
+            version.must_be(stream.etag, stream.size, where)
+            while (chunk := stream.next()) is not None:
+                yield chunk
+
+    def write(self, name: str, chunks: Iterable[bytes], size: int, *, last: bool = False) -> None:  # noqa: ARG002
+        """See `Files.write`. Small objects take one request, large ones are sent in parts."""
+        key, where = self._prefix + name, f"{self._url}/{name}"
+        with translated(where, writing=True):
+            if _awkward(key):
+                self._put_awkward(key, chunks)
+            elif size <= SINGLE_PUT_BYTES:
+                body = b"".join(chunks)
+                wait(lambda: obstore.put_async(self._writes, key, body, use_multipart=False))
+            else:
+                with turn(_large_uploads):
+                    self._put_parts(key, chunks, max(PART_BYTES, size // MOST_PARTS))
+
+    def _put_parts(self, key: str, chunks: Iterable[bytes], part_bytes: int) -> None:
+        writer = obstore.open_writer_async(self._writes, key, buffer_size=part_bytes, max_concurrency=2)
+        for chunk in chunks:
+            wait(lambda chunk=chunk: writer.write(chunk))  # type: ignore[misc]
+        wait(writer.close)
+
+    def _put_awkward(self, key: str, chunks: Iterable[bytes]) -> None:
+        with tempfile.SpooledTemporaryFile(PART_BYTES) as body:
+            for chunk in chunks:
+                checkpoint()
+                body.write(chunk)
+            body.seek(0)
+            self._client.put_object(Bucket=self._bucket, Key=key, Body=body)
+
+    def size(self, name: str) -> int:
+        """See `Files.size`."""
+        with translated(f"{self._url}/{name}"):
+            return int(self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)["ContentLength"])
+
+    def delete(self, names: Iterable[str]) -> None:
+        """See `Files.delete`; a thousand at a time."""
+        keys = (self._prefix + name for name in names)
+        while batch := list(islice(keys, 1000)):
+            with translated(self._url, writing=True):
+                plain = [{"Key": key} for key in batch if not _awkward(key)]
+                for key in filter(_awkward, batch):
+                    self._client.delete_object(Bucket=self._bucket, Key=key)
+                answer = (
+                    self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": plain, "Quiet": True}) if plain else {}
+                )
+                for failed in answer.get("Errors", ()):
+                    raise StoreDenied(
+                        f"The store does not let us delete {self._url}/…/{failed.get('Key')}. It said: {failed.get('Code')}"
+                    )
+
+    def abandon(self) -> None:
+        """See `Files.abandon`: uploads in parts that were broken off take room until somebody aborts them."""
+        with translated(self._url, writing=True):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=self._prefix)
+            for upload in [upload for page in pages for upload in page.get("Uploads", ())]:
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+
+def _translated_each(pages: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:
+    iterator = iter(pages)
+    while True:
+        with translated(where):
+            page = next(iterator, None)
+        if page is None:
+            return
+        yield page
+
+
+def _awkward(key: str) -> bool:
+    """Is it a name that obstore cannot hold?"""
+    return re.search(r"[\x00-\x1f\x7f]", key) is not None or not {"", ".", ".."}.isdisjoint(key.split("/"))
+
+
+def _client(location: Location) -> Any:
+    """botocore's client; it also finds endpoint, region and credentials where they are not given."""
+    import botocore.session  # type: ignore[import-untyped]
+    from botocore.config import Config  # type: ignore[import-untyped]
+
+    options = {key: value for key, value in location.options.items() if value}
+    session = botocore.session.Session()
+    region = options.get("region") or os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
+    client = session.create_client(
+        "s3",
+        endpoint_url=options.get("endpoint_url"),
+        aws_access_key_id=options.get("access_key_id"),
+        aws_secret_access_key=options.get("secret_access_key"),
+        region_name=region,
+        config=Config(
+            s3={"addressing_style": "path"},
+            connect_timeout=PATIENCE.connect_seconds,
+            read_timeout=PATIENCE.seconds,
+            retries={"total_max_attempts": PATIENCE.attempts, "mode": "standard"},
+            # Not every server understands the trailers that newer clients add.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            max_pool_connections=32,
+        ),
+    )
+    if _Credentials(client).found is None:
+        raise StoreDenied(
+            f"There are no credentials for {location.url}. Give access_key_id and secret_access_key in its DatasetStore "
+            "document, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile in ~/.aws."
+        )
+    return client
+
+
+class _Credentials:
+    """Hands botocore's credentials to obstore, fresh ones when they run out."""
+
+    def __init__(self, client: Any) -> None:
+        self.found = client._request_signer._credentials
+
+    def __call__(self) -> S3Credential:
+        frozen = self.found.get_frozen_credentials()
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.now(UTC) + timedelta(minutes=10),
+        }
+
+
+class _Version:
+    """Which object is being read; an etag may be that of a listing."""
+
+    def __init__(self, etag: str | None) -> None:
+        self.etag = etag
+        self.size: int | None = None
+
+    def must_be(self, etag: str | None, size: int, where: str) -> None:
+        """Note what answered, or raise if it is another object."""
+        found = (etag or "").strip('"') or None
+        if self.etag is not None and found != self.etag:
+            raise DatasetError(f"{where} was changed while it was read. Run it again once nobody writes there.")
+        self.etag, self.size = found, size
+
+    def must_end(self, offset: int, where: str) -> None:
+        """Return if all of it has come."""
+        if offset != self.size:
+            raise StoreUnavailable(f"{where} broke off after {offset} of {self.size} bytes. Try again.")
+
+
+class _Stream:
+    """One GET."""
+
+    def __init__(self, store: S3Store, key: str, offset: int) -> None:
+        self._chunks: AsyncIterator[bytes] | None = None
+        self._whole: bytes | None = None
+        wait(lambda: self._open(store, key, offset))
+
+    async def _open(self, store: S3Store, key: str, offset: int) -> None:
+        result = await obstore.get_async(store, key, options={"range": {"offset": offset}} if offset else None)
+        self.etag, self.size = result.meta["e_tag"], result.meta["size"]
+        if self.size - offset <= CHUNK_BYTES:
+            self._whole = bytes(await result.bytes_async())
+        else:
+            self._chunks = aiter(result.stream(min_chunk_size=CHUNK_BYTES))
+
+    def next(self) -> bytes | None:
+        """The next piece, `None` at the end."""
+        if self._chunks is None:
+            whole, self._whole = self._whole, None
+            return whole or None
+        return wait(self._next)
+
+    async def _next(self) -> bytes | None:
+        assert self._chunks is not None  # noqa: S101
+        async for chunk in self._chunks:
+            return bytes(chunk)
+        return None

@@ -1,0 +1,310 @@
+"""Moves bytes between a URL and this machine: what every kind of store has in common.
+
+A store is a `Files`: `objects.Objects` for `s3://`, `folder.Folder` for local paths, `anywhere.Anywhere` for every other
+URL that fsspec knows. Foreign exceptions leave none of them: `translated` is the border.
+
+Transfers run in threads, and stop when the caller's thread gets an exception, whichever: `in_order` owns the threads,
+`checkpoint` and `wait` are where they notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from .errors import DatasetError, OasisError
+from .manifest import Entry
+from .verdicts import verdict
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+WORKERS = 16
+WINDOW = 64
+CHUNK_BYTES = 1 << 20
+
+Progress = Callable[[int, int | None, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A folder, by any fsspec URL, and how to get in.
+
+    `options` may hold `endpoint_url`, `access_key_id`, `secret_access_key` and `region`, for `s3://`. What is not given
+    comes from where AWS clients look: the environment, then the profiles of `~/.aws`, then the machine's role.
+
+    Raises:
+        DatasetError: the URL holds a password, or is empty.
+    """
+
+    url: str
+    options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.url.strip():
+            raise DatasetError(
+                "The URL of a dataset or store is empty. Write a folder's path or URL, such as s3://bucket/folder."
+            )
+        if "://" in self.url and urlsplit(self.url).password is not None:
+            raise DatasetError("The URL holds a password, and URLs are shown. Keep credentials in the DatasetStore document.")
+
+    @property
+    def scheme(self) -> str:
+        """`file` for local paths, else what stands before `://`."""
+        before, found, _ = self.url.partition("://")
+        return before.lower() if found else "file"
+
+    @property
+    def is_local(self) -> bool:
+        """Is it a folder that the kernel can reach by a path?"""
+        return self.scheme in ("file", "local")
+
+    @property
+    def path(self) -> str:
+        """The local path, or the URL without scheme; no slash at the end."""
+        path = self.url.partition("://")[2] if "://" in self.url else self.url
+        return path.rstrip("/") or "/"
+
+    def child(self, name: str) -> Location:
+        """The folder or file `name` in this folder."""
+        return Location(f"{self.url.rstrip('/')}/{name}", self.options)
+
+
+class Files(Protocol):
+    """The files under one URL. Names are relative to it; errors are this package's."""
+
+    def list(self, folder: str = "") -> Iterator[Entry]:
+        """Every file below `folder` ("" or a name that ends with "/"), names relative to it, sorted; not yet checked."""
+        ...
+
+    def read(self, name: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
+        """The bytes from `start` on, in pieces of about a MiB; survives a connection that breaks.
+
+        Raises:
+            Missing: there is no such file.
+            DatasetError: `etag` is given and the file is another by now.
+        """
+        ...
+
+    def write(self, name: str, chunks: Iterable[bytes], size: int, *, last: bool = False) -> None:
+        """Write a file of about `size` bytes, whole or not at all; `last` means that it must survive a power cut."""
+        ...
+
+    def size(self, name: str) -> int:
+        """How many bytes the file has; raises `Missing`."""
+        ...
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete these files; one that is not there is no error."""
+        ...
+
+    def abandon(self) -> None:
+        """Remove what broken-off writes left behind that no listing shows."""
+        ...
+
+
+def files(location: Location) -> Files:
+    """The store behind a location. Nothing is asked of it yet."""
+    if location.is_local:
+        from .folder import Folder
+
+        return Folder(location)
+    if location.scheme in ("s3", "s3a"):
+        from .objects import Objects
+
+        return Objects(location)
+    from .anywhere import Anywhere
+
+    return Anywhere(location)
+
+
+@contextmanager
+def translated(where: str, *, writing: bool = False) -> Iterator[None]:
+    """Turn every exception of the outside world into one of this package's, which names `where`."""
+    try:
+        yield
+    except OasisError:
+        raise
+    except Exception as error:
+        ours = verdict(error, where, writing=writing)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+class Stopped(BaseException):
+    """Ends a worker whose result nobody waits for any more. Never leaves `in_order`."""
+
+
+class _Stop:
+    """Tells the workers of one `in_order` to stop, those that wait for the network included."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: set[Future[Any]] = set()
+        self.requested = threading.Event()
+
+    def request(self) -> None:
+        with self._lock:
+            self.requested.set()
+            waiting = list(self._waiting)
+        for future in waiting:
+            future.cancel()
+
+    @contextmanager
+    def watching(self, future: Future[Any]) -> Iterator[None]:
+        with self._lock:
+            self._waiting.add(future)
+        try:
+            if self.requested.is_set():
+                future.cancel()
+            yield
+        finally:
+            with self._lock:
+                self._waiting.discard(future)
+
+
+_here = threading.local()
+
+
+def _stop_of_this_thread() -> _Stop | None:
+    return getattr(_here, "stop", None)
+
+
+def checkpoint() -> None:
+    """Return, unless this thread works for nobody any more."""
+    stop = _stop_of_this_thread()
+    if stop is not None and stop.requested.is_set():
+        raise Stopped
+
+
+def pause(seconds: float) -> None:
+    """Sleep, unless this thread works for nobody any more."""
+    stop = _stop_of_this_thread()
+    if stop is None:
+        time.sleep(seconds)
+    else:
+        stop.requested.wait(seconds)
+        checkpoint()
+
+
+@contextmanager
+def turn(slots: threading.Semaphore) -> Iterator[None]:
+    """Hold one of the slots; waiting for it ends like `pause`."""
+    while not slots.acquire(timeout=0.1):
+        checkpoint()
+    try:
+        yield
+    finally:
+        slots.release()
+
+
+_loops: dict[int, asyncio.AbstractEventLoop] = {}
+_loops_lock = threading.Lock()
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    """This process's event loop, in a thread of its own; a fork needs a new one."""
+    with _loops_lock:
+        loop = _loops.get(os.getpid())
+        if loop is None:
+            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="oasis-flows-transfer", daemon=True).start()
+        return loop
+
+
+def wait(start: Callable[[], Awaitable[T]]) -> T:
+    """Run what `start` begins, and wait for it; it is cancelled when this thread has to stop."""
+
+    async def run() -> T:
+        return await start()
+
+    future = asyncio.run_coroutine_threadsafe(run(), _loop())
+    stop = _stop_of_this_thread()
+    try:
+        if stop is None:
+            return future.result()
+        with stop.watching(future):
+            return future.result()
+    except CancelledError:
+        raise Stopped from None
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def in_order(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    *,
+    workers: int = WORKERS,
+    window: int = WINDOW,
+    tick: Callable[[], None] = lambda: None,
+) -> Iterator[R]:
+    """Map over `items` with threads; results come in the order of the items, at most `window` are under way.
+
+    `tick` is called in the caller's thread, a few times a second at least. The first failure is raised, also when its
+    turn has not come. However the generator ends (close it: `contextlib.closing`), its threads have ended before.
+    """
+    stop = _Stop()
+    pending: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(workers, "oasis-flows-transfer", lambda: setattr(_here, "stop", stop)) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) >= window:
+                    yield _first(pending, tick)
+            while pending:
+                yield _first(pending, tick)
+        finally:
+            stop.request()
+            for future in pending:
+                future.cancel()
+
+
+def _first(pending: deque[Future[R]], tick: Callable[[], None]) -> R:
+    """Wait for the first result, or for any failure."""
+    tick()
+    while not pending[0].done():
+        wait_for([pending[0]], timeout=0.2)
+        tick()
+        for future in pending:
+            if future.done() and future.exception() is not None:
+                return future.result()
+    return pending.popleft().result()
+
+
+class Meter:
+    """Counts what moves, from any thread, and tells `progress` from the caller's, five times a second at most."""
+
+    def __init__(self, progress: Progress | None, total: int | None = None) -> None:
+        self._progress, self.total = progress, total
+        self._lock = threading.Lock()
+        self._files = self._bytes = 0
+        self._told = 0.0
+
+    def add(self, count: int) -> None:
+        """So many bytes have moved."""
+        with self._lock:
+            self._bytes += count
+
+    def file_done(self) -> None:
+        """One more file is whole."""
+        self._files += 1
+
+    def tick(self, *, last: bool = False) -> None:
+        """Tell `progress`, if it is time (or the end)."""
+        if self._progress is not None and (last or time.monotonic() - self._told >= 0.2):
+            self._told = time.monotonic()
+            self._progress(self._files, self.total, self._bytes)

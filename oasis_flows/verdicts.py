@@ -1,0 +1,149 @@
+"""What an exception of the outside world means: obstore's, botocore's, fsspec's and the kernel's, as ours.
+
+Classes are told apart by the module that they come from, so that nothing is imported for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+
+from .errors import (
+    DatasetError,
+    DatasetNotFound,
+    OasisError,
+    StoreDenied,
+    StoreFull,
+    StoreUnavailable,
+    UnsafeName,
+)
+
+
+class Missing(DatasetNotFound):
+    """The folder or bucket may be there, but this file is not."""
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+LIBRARIES = frozenset(
+    {"obstore", "botocore", "aiobotocore", "boto3", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs", "urllib3", "requests"}
+)
+
+DENIED = _words(
+    "AccessDenied AllAccessDisabled AuthFailure AuthorizationHeaderMalformed ExpiredToken Forbidden InvalidAccessKeyId "
+    "InvalidSecurity InvalidToken NotSignedUp RequestTimeTooSkewed SignatureDoesNotMatch TokenRefreshRequired "
+    "UnauthorizedAccess 401 403"
+)
+GONE = _words("NoSuchKey NoSuchVersion NotFound 404")
+FULL = _words("InsufficientCapacity InsufficientStorage QuotaExceeded XMinioStorageFull 507")
+BUSY = _words(
+    "BandwidthLimitExceeded InternalError OperationAborted RequestTimeout RequestTimeoutException ServiceUnavailable "
+    "SlowDown Throttling TooManyRequests 408 429 500 502 503 504"
+)
+NO_CREDENTIALS = _words(
+    "NoCredentialsError PartialCredentialsError ProfileNotFound CredentialRetrievalError TokenRetrievalError "
+    "SSOTokenLoadError UnauthorizedSSOTokenError InvalidConfigError ConfigParseError"
+)
+
+BY_CLASS: dict[str, str] = {
+    "NotFoundError": "404",
+    "PermissionDeniedError": "403",
+    "UnauthenticatedError": "401",
+    "JoinError": "500",
+}
+
+
+def quoted(error: BaseException) -> str:
+    """The outside world's own words, short, on one line, without the request's details."""
+    text = str(error).partition("\n\nDebug source")[0]
+    parts = [found[1] for tag in ("Code", "Message") if (found := re.search(f"<{tag}>([^<]+)</{tag}>", text))]
+    if parts:
+        return ": ".join(parts)
+    words = " ".join(text.split()) or type(error).__name__
+    return words if len(words) <= 300 else f"{words[:300]}…"
+
+
+def verdict(error: Exception, where: str, *, writing: bool) -> OasisError | None:
+    """The error of ours that says what happened to `where`; `None` for an exception that is none of the outside world's."""
+    roots = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    why = quoted(error)
+    if isinstance(error, ModuleNotFoundError | ImportError):
+        return DatasetError(f"{where} needs a driver that is not installed. {why}. Install it beside this package.")
+    if type(error).__name__ in NO_CREDENTIALS:
+        return _denied(where, why, writing)
+    if isinstance(error, OSError) and not _code(error):
+        return _by_errno(error, where, why, writing)
+    if roots & LIBRARIES:
+        return _by_code(_code(error), where, why, writing)
+    return None
+
+
+def _code(error: Exception) -> str:
+    """The S3 code, else the HTTP status, else "" (nothing answered)."""
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict) and isinstance(answer.get("Error"), dict):
+        return str(answer["Error"].get("Code", "")) or "500"
+    text = str(error)
+    found = re.search(r"<Code>(\w+)</Code>", text) or re.search(r"status code: (\d{3})", text)
+    if found:
+        return found[1]
+    if type(error).__module__.startswith("obstore") and type(error).__name__ != "GenericError":
+        return BY_CLASS.get(type(error).__name__, type(error).__name__)
+    return "InvalidEndpoint" if "builder error" in text or type(error).__name__ == "ParamValidationError" else ""
+
+
+def _by_code(code: str, where: str, why: str, writing: bool) -> OasisError:
+    if code in DENIED:
+        return _denied(where, why, writing)
+    if code == "NoSuchBucket":
+        return _no_bucket(where, writing)
+    if code in GONE:
+        return Missing(f"{where} is not there. Check the address. The store said: {why}")
+    if code in FULL:
+        return StoreFull(f"The store of {where} has no room left. Free some, or use another store. It said: {why}")
+    if code == "InvalidPathError":
+        return UnsafeName(f"{where} has a name that cannot be carried. Rename it. The client said: {why}")
+    if not code or code in BUSY or re.fullmatch(r"5\d\d", code):
+        return StoreUnavailable(
+            f"The store of {where} did not answer, or broke off. Try again, and check its endpoint_url. It said: {why}"
+        )
+    return DatasetError(f"The store refused a request for {where}. Check the URL, endpoint_url and region. It said: {why}")
+
+
+def _by_errno(error: OSError, where: str, why: str, writing: bool) -> OasisError:
+    number = error.errno
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFull(
+            f"There is no room left for {where}. Free some space or raise the quota, then try again. The system said: {why}"
+        )
+    if isinstance(error, PermissionError) or number == errno.EROFS:
+        return _denied(where, why, writing)
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return Missing(
+            f"{where} is not there. Check the path; it must exist on the machine that runs this. The system said: {why}"
+        )
+    if number in (errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ):
+        return UnsafeName(f"{where} has a name or link that this file system cannot follow. Rename it. The system said: {why}")
+    if isinstance(error, IsADirectoryError | FileExistsError):
+        return DatasetError(
+            f"{where} is a folder where a file is needed, or the other way round. Move it away. The system said: {why}"
+        )
+    return StoreUnavailable(f"The store of {where} did not answer, or broke off. Try again. The system said: {why}")
+
+
+def _denied(where: str, why: str, writing: bool) -> StoreDenied:
+    right = "write to" if writing else "read"
+    return StoreDenied(
+        f"The store does not let us {right} {where}. Check access_key_id and secret_access_key of its DatasetStore document "
+        f"(or the AWS_* environment), for a local path its owner and mode. It said: {why}"
+    )
+
+
+def _no_bucket(where: str, writing: bool) -> DatasetError:
+    if writing:
+        return DatasetError(
+            f"The bucket of {where} does not exist. Create it first, or correct the URL; it is never created for you."
+        )
+    return DatasetNotFound(f"The bucket of {where} does not exist. Check the URL and the store's endpoint_url.")
