@@ -1,0 +1,51 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+# What the tests use beside Python: an S3 server, a registry, a browser, a container engine.
+TEST_PACKAGES := ceph-mon ceph-osd ceph-common radosgw docker-registry apache2-utils chromium busybox-static docker.io
+
+.PHONY: help install demo demo-down test check bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: .venv/installed ## make .venv from the pinned versions, with this package editable
+
+# A file of ours inside .venv says that it is complete, so that a second call costs nothing.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; where it has another name:  make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 3; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || scripts/debian-packages python3-venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install ## run a real algorithm on the sample data, from nothing to a picture
+	@scripts/debian-packages busybox-static
+	@engine=$$(scripts/engine-up) && export "$$engine" && \
+		$(BIN)/python deployments/images/co2-report/build.py && \
+		$(BIN)/python examples/demo.py
+
+demo-down: ## stop the Prefect server that the demo left running
+	@$(BIN)/python examples/demo.py --down
+
+test: install ## every test, against a real engine, S3 server, Prefect server and browser
+	@scripts/debian-packages $(TEST_PACKAGES)
+	@engine=$$(scripts/engine-up) && export "$$engine" && \
+		$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: install ## formatting, types, import directions, spelling
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+bench: install ## measure speed
+	@engine=$$(scripts/engine-up) && export "$$engine" && \
+		$(BIN)/python -m benchmarks
+
+clean: ## remove what was made here: .venv, the demo's files, caches
+	@[ ! -e .demo/server.pid ] || $(BIN)/python examples/demo.py --down
+	rm -rf .venv .demo test-results build *.egg-info .*_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
