@@ -1,0 +1,130 @@
+"""The Docker engine, or whatever answers its API (Podman's service does)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import lease
+from ..errors import EngineUnavailable
+from ..job import ContainerExit, ContainerJob, ImageSource, LogSink
+from . import docker_image, docker_run
+from . import docker_spec as spec
+from .docker_errors import HOW_TO_GET_AN_ENGINE, translated
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+
+__all__ = ["DockerEngine", "connect"]
+
+
+def connect() -> DockerClient:
+    """A client of the first engine that answers: `DOCKER_HOST` if it is set, else Docker's socket, else Podman's.
+
+    Raises:
+        EngineUnavailable: none answers; the message says what was tried and how to get one.
+    """
+    import docker
+
+    if os.environ.get("DOCKER_HOST"):
+        with translated(f"connecting to DOCKER_HOST={os.environ['DOCKER_HOST']}"):
+            return docker.from_env(version="auto")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    sockets = ["/var/run/docker.sock", *([f"{runtime}/podman/podman.sock"] if runtime else []), "/run/podman/podman.sock"]
+    tried = []
+    for socket in sockets:
+        if not Path(socket).exists():
+            tried.append(f"{socket}: not there")
+            continue
+        try:
+            with translated(f"connecting to {socket}"):
+                return docker.DockerClient(base_url=f"unix://{socket}", version="auto")
+        except EngineUnavailable as error:
+            tried.append(f"{socket}: {error.__cause__}")
+    raise EngineUnavailable(f"No container engine answers. {HOW_TO_GET_AN_ENGINE} Tried {'; '.join(tried)}")
+
+
+class DockerEngine:
+    """Implements `Engine` with the Docker Engine API, from version 1.41 (Docker 20.10) on.
+
+    Safe to share between threads: every call opens a client of its own and closes it.
+
+    Args:
+        connect: makes a client; prefect-docker's `DockerHost.get_client` fits.
+        spool: folder for image files while they are downloaded; the system's temporary folder by default.
+        patience_seconds: how long a run waits for an engine that went away meanwhile.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], DockerClient] = connect,
+        *,
+        spool: Path | None = None,
+        patience_seconds: float = 60.0,
+    ) -> None:
+        self._connect = connect
+        self._spool = spool
+        self._patience = patience_seconds
+
+    def prepare(self, image: ImageSource) -> str:
+        """Pull or load the image unless the engine has it; return `repository@sha256:…`, or `sha256:…`, its id.
+
+        An image that is present under its name is taken as it is: a tag that moved in the registry is not looked up.
+        An image file is loaded without its tags, so nobody's tag moves; see `docker_image.load`.
+
+        Raises:
+            ImageNotFound, InvalidImageFile, DescriptionError: the description is wrong.
+            UnsupportedByEngine: the image is made for another architecture.
+            ImageDenied, RegistryUnavailable, EngineUnavailable: the surroundings are.
+        """
+        with self._api("preparing an image") as api:
+            if image.image_id:
+                return docker_image.pull(api, image.image_id, image.login)
+            assert image.image_file is not None  # noqa: S101 - ImageSource takes care of it
+            spool = self._spool or Path(tempfile.gettempdir())
+            return docker_image.load(api, image.image_file, dict(image.storage_options), spool)
+
+    def run(self, job: ContainerJob, log: LogSink) -> ContainerExit:
+        """Run the job to its end and remove its container; see the seam's seven promises.
+
+        A container of the same `run_id` that an earlier process left is taken up: `log` then gets its output from the
+        beginning, out of the engine's log (the newest GiB of it). One that was made for another description, or that was
+        killed while nobody watched, is removed and made anew.
+
+        Raises:
+            UnsupportedByEngine, NoGpu: the engine cannot do it; nothing started.
+            ImageNotFound: the image went away since `prepare`.
+            DescriptionError: the engine refuses the description.
+            EngineUnavailable, ContainerLost: the verdict is unknown.
+        """
+        with self._api(f"running {spec.container_name(job)}") as api:
+            info = api.info()
+            spec.refuse_unenforced(info)
+            try:
+                found = docker_run.find_container(api, job, info) or docker_run.create_container(api, job, info)
+                if isinstance(found, ContainerExit):
+                    return found
+                return docker_run.Supervision(api, job, found, log, self._patience).run()
+            finally:
+                docker_run.remove_run(api, job)
+
+    def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0) -> tuple[str, ...]:
+        """Remove containers that nobody owns; see `Engine.reap`. A container without a lease on its label is left alone."""
+        with self._api("removing containers") as api:
+            gone = []
+            for row in docker_run.list_containers(api, run_id):
+                path = row["Labels"].get(spec.LEASE)
+                if run_id is None and (not path or not lease.lapsed(Path(path), grace_seconds)):
+                    continue
+                docker_run.remove_container(api, row["Id"])
+                gone.append(row["Labels"].get(spec.RUN_ID, ""))
+            return tuple(dict.fromkeys(gone))
+
+    @contextmanager
+    def _api(self, doing: str) -> Iterator[Any]:
+        with translated(doing), closing(self._connect()) as client:
+            yield client.api

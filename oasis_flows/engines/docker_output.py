@@ -1,0 +1,193 @@
+"""A container's output on its way from the engine to a log sink: every byte once, in order.
+
+The way is `attach`, opened before the start. When it breaks while the container lives, the rest is read back from the
+engine's own log, without what has been delivered already.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ..errors import ContainerLost, EngineUnavailable
+from ..job import LogSink, Stream
+from .docker_errors import translated
+
+_STREAMS: dict[int, Stream] = {1: "stdout", 2: "stderr"}
+_HEADER = struct.Struct(">BxxxL")
+_HEAD_BYTES = 1024
+_CHUNK = 1 << 18
+
+
+class Demultiplexer:
+    """Splits the engine's framed stream (https://docs.docker.com/reference/api/engine/ "Stream format")."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._stream: Stream = "stdout"
+        self._left = 0
+
+    def feed(self, data: bytes) -> Iterator[tuple[Stream, bytes]]:
+        """The payloads in the bytes so far, neighbours of one stream joined; a frame need not be complete."""
+        self._buffer += data
+        ready: list[bytes] = []
+        at = 0
+        while at < len(self._buffer):
+            if self._left == 0:
+                if len(self._buffer) - at < _HEADER.size:
+                    break
+                number, self._left = _HEADER.unpack_from(self._buffer, at)
+                at += _HEADER.size
+                if ready and _STREAMS[number] != self._stream:
+                    yield self._stream, b"".join(ready)
+                    ready = []
+                self._stream = _STREAMS[number]
+                continue
+            payload = bytes(self._buffer[at : at + self._left])
+            at += len(payload)
+            self._left -= len(payload)
+            ready.append(payload)
+        del self._buffer[:at]
+        if ready:
+            yield self._stream, b"".join(ready)
+
+
+class Delivery:
+    """Hands bytes to the sink and remembers how many of each stream, and how stderr began."""
+
+    def __init__(self, sink: LogSink) -> None:
+        self._sink = sink
+        self.bytes: dict[Stream, int] = {"stdout": 0, "stderr": 0}
+        self.stderr_head = b""
+
+    def deliver(self, stream: Stream, data: bytes) -> None:
+        """One piece of output that the sink has not had."""
+        self.bytes[stream] += len(data)
+        if stream == "stderr" and len(self.stderr_head) < _HEAD_BYTES:
+            self.stderr_head += data[: _HEAD_BYTES - len(self.stderr_head)]
+        self._sink(stream, data)
+
+    def complete(self, pieces: Iterable[tuple[Stream, bytes]]) -> None:
+        """Take the whole output from its beginning and deliver what is missing."""
+        skip = dict(self.bytes)
+        for stream, data in pieces:
+            rest = data[skip[stream] :]
+            skip[stream] = max(0, skip[stream] - len(data))
+            if rest:
+                self.deliver(stream, rest)
+
+
+class Pump(threading.Thread):
+    """Feeds the sink until the container has ended; then `done` is set, and `state` or `failure`.
+
+    `outages` counts how often the engine went away meanwhile.
+    """
+
+    def __init__(self, api: Any, container: str, delivery: Delivery, attached: Any, patience_seconds: float) -> None:
+        super().__init__(name=f"oasis-log-{container[:12]}", daemon=True)
+        self._api, self._id, self._delivery, self._attached = api, container, delivery, attached
+        self._patience = patience_seconds
+        self.done = threading.Event()
+        self.state: Mapping[str, Any] = {}
+        self.failure: BaseException | None = None
+        self.outages = 0
+
+    def run(self) -> None:
+        """Called by the thread."""
+        try:
+            self._follow()
+        except BaseException as error:  # noqa: BLE001 - a sink's exception, whatever it is, belongs to the caller of `run`
+            self.failure = error
+        finally:
+            self.done.set()
+
+    def _follow(self) -> None:
+        whole = self._attached is not None and self._copy_attached()
+        while True:
+            try:
+                ended, seconds = self._ended_within(1.0)
+                if ended and whole and seconds < 0.25:
+                    return
+                # Not attached at all, or the stream ended well before the container did: it was cut.
+                whole = self._read_back()
+                if ended and whole:
+                    return
+            except EngineUnavailable as error:
+                whole = False
+                self._await_engine(error)
+
+    def _copy_attached(self) -> bool:
+        """Copy until the stream ends; False if it broke."""
+        split = Demultiplexer()
+        while True:
+            try:
+                data = self._attached.recv(_CHUNK)
+            except OSError:
+                return False
+            if not data:
+                return True
+            for stream, payload in split.feed(data):
+                self._delivery.deliver(stream, payload)
+
+    def _read_back(self) -> bool:
+        """Follow the engine's own log from its beginning, delivering what is missing; False if it broke off."""
+        import requests
+        import urllib3
+
+        url = f"{self._api.base_url}/v{self._api.api_version}/containers/{self._id}/logs"
+        wanted = {"stdout": 1, "stderr": 1, "follow": 1}
+        with translated("reading the log of a container"):
+            response = self._api.get(url, params=wanted, stream=True, timeout=None)
+        if response.status_code == 404:
+            raise ContainerLost(f"The container {self._id[:12]} vanished while it ran. Somebody removed it; run it again.")
+        split = Demultiplexer()
+        with response:
+            response.raise_for_status()
+            try:
+                self._delivery.complete(piece for data in response.raw.stream(_CHUNK) for piece in split.feed(data))
+            except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, ConnectionError):
+                return False
+        return True
+
+    def _ended_within(self, seconds: float) -> tuple[bool, float]:
+        """Whether the container ended, and after how long; keeps its state."""
+        import docker.errors
+
+        began, pause = time.monotonic(), 0.004
+        while True:
+            try:
+                with translated("asking for the state of a container"):
+                    try:
+                        self.state = self._api.inspect_container(self._id)["State"]
+                    except docker.errors.NotFound as error:
+                        raise ContainerLost(
+                            f"The container {self._id[:12]} vanished while it ran. Somebody removed it; run it again."
+                        ) from error
+            except EngineUnavailable:
+                self.state = {}
+                raise
+            passed = time.monotonic() - began
+            if self.state["Status"] in ("exited", "dead"):
+                return True, passed
+            if passed > seconds:
+                return False, passed
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.1)
+
+    def _await_engine(self, error: EngineUnavailable) -> None:
+        """Return once the engine answers again."""
+        self.outages += 1
+        until = time.monotonic() + self._patience
+        while time.monotonic() < until:
+            time.sleep(0.1)
+            try:
+                with translated("coming back"):
+                    self._api.ping()
+            except EngineUnavailable as still:
+                error = still
+            else:
+                return
+        raise error

@@ -1,0 +1,297 @@
+"""One container from its creation to its removal."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from .. import lease
+from ..errors import ContainerLost, EngineError, EngineUnavailable, ImageNotFound, NoGpu, UnsupportedByEngine
+from ..job import ContainerExit, ContainerJob, LogSink, Reason
+from . import docker_spec as spec
+from .cgroup import MemoryPeak
+from .docker_errors import HOW_TO_GET_A_GPU, start_error, translated, words_of
+from .docker_output import Delivery, Pump
+from .docker_verdict import Evidence, container_exit, parse_time
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# A process in an uninterruptible sleep outlives SIGKILL; somebody has to say so in the end.
+_SECONDS_TO_DIE = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A container of a run: made and not started yet, or found running or ended."""
+
+    id: str
+    state: Mapping[str, Any]
+    in_force: Mapping[str, object]
+
+    @property
+    def fresh(self) -> bool:
+        """Was it made by this call?"""
+        return bool(self.state["Status"] == "created")
+
+
+def shielded(action: Callable[[], T]) -> T:
+    """Do `action` to its end even if signals raise exceptions here meanwhile; raise the first of them afterwards."""
+    results: list[T] = []
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:  # noqa: BLE001 - carried over to the caller's thread
+            failures.append(error)
+
+    thread = threading.Thread(target=work, name="oasis-shielded")
+    interruption: BaseException | None = None
+    while not (results or failures):
+        try:
+            if thread.ident is None:
+                thread.start()
+            thread.join()
+        except BaseException as error:  # noqa: BLE001 - raised below, once the action is done
+            interruption = interruption or error
+    if interruption or failures:
+        raise interruption or failures[0]
+    return results[0]
+
+
+def find_container(api: Any, job: ContainerJob, info: Mapping[str, Any]) -> Container | None:
+    """The container that an earlier call for this run left behind and that can still tell its end; others are removed.
+
+    What died by a signal while nobody watched (the engine was stopped, the machine went down) is not an answer.
+    """
+    found: Container | None = None
+    for row in list_containers(api, job.run_id):
+        with contextlib.suppress(_not_found()):
+            seen = api.inspect_container(row["Id"])
+            state = seen["State"]
+            same = seen["Config"]["Labels"].get(spec.JOB) == spec.job_digest(job)
+            told = state["Status"] == "exited" and (state.get("OOMKilled") or state["ExitCode"] not in (137, 143, 255))
+            if found is None and same and (told or state["Status"] == "running"):
+                found = Container(row["Id"], state, spec.in_force(seen, info))
+                continue
+        remove_container(api, row["Id"])
+    return found
+
+
+def create_container(api: Any, job: ContainerJob, info: Mapping[str, Any]) -> Container | ContainerExit:
+    """Make the container, and look at what the engine made of it.
+
+    Raises:
+        UnsupportedByEngine: the engine made it looser than asked. The caller removes it.
+    """
+    import docker.errors
+
+    name = spec.container_name(job)
+    try:
+        image = api.inspect_image(job.image)
+        body = spec.create_body(job, info, image)
+        answer = shielded(lambda: api.create_container_from_config(body, name))
+        seen = api.inspect_container(answer["Id"])
+    except docker.errors.ImageNotFound as error:
+        raise ImageNotFound(
+            f"The image {job.image} is no longer in the engine. Somebody removed it after it was prepared; run it again."
+        ) from error
+    except docker.errors.APIError as error:
+        return not_started(job, start_error(name, words_of(error), status=error.status_code), words_of(error), {})
+    spec.refuse_warnings(name, answer.get("Warnings"))
+    force = spec.in_force(seen, info)
+    looser = spec.looser_than_asked(job, force, info)
+    if looser:
+        raise UnsupportedByEngine(
+            f"The engine made {name} looser than asked: {', '.join(looser)}. "
+            "It was removed before it started; use another engine."
+        )
+    if job.resources.gpus and not force["gpus"]:
+        raise NoGpu(f"The engine ignores the wish for a GPU of {name}. {HOW_TO_GET_A_GPU}")
+    return Container(answer["Id"], seen["State"], force)
+
+
+def not_started(job: ContainerJob, meaning: Exception | Reason, words: str, force: Mapping[str, object]) -> ContainerExit:
+    """The result for a command that the engine itself could not start; an error is raised."""
+    if isinstance(meaning, Exception):
+        raise meaning
+    code = 127 if meaning is Reason.COMMAND_NOT_FOUND else 126
+    limit = job.resources.memory_bytes
+    return ContainerExit(reason=meaning, exit_code=code, detail=words, in_force=force, memory_limit_bytes=limit)
+
+
+class Supervision:
+    """Watches one container: feeds the log, renews the lease, keeps the time, and says how it ended."""
+
+    def __init__(self, api: Any, job: ContainerJob, container: Container, log: LogSink, patience_seconds: float) -> None:
+        self._api, self._job, self._container = api, job, container
+        self._delivery = Delivery(log)
+        self._patience = patience_seconds
+        self._stopped_at_timeout = False
+
+    def run(self) -> ContainerExit:
+        """Start the container if it is fresh, and stay with it to its end. Whatever is raised, it is being stopped."""
+        import docker.errors
+
+        attached = self._attach() if self._container.fresh else None
+        pump = Pump(self._api, self._container.id, self._delivery, attached, self._patience)
+        try:
+            if self._container.fresh:
+                try:
+                    self._api.start(self._container.id)
+                except docker.errors.APIError as error:
+                    words = words_of(error)
+                    meaning = start_error(spec.container_name(self._job), words, status=error.status_code)
+                    return not_started(self._job, meaning, words, self._container.in_force)
+            pump.start()
+            return self._watch(pump)
+        finally:
+            if pump.ident is not None and not pump.done.is_set():
+                self._stop(pump)
+            if attached is not None:
+                attached.close()
+
+    def _attach(self) -> Any:
+        wanted = {"stdout": 1, "stderr": 1, "stream": 1}
+        answer = self._api.attach_socket(self._container.id, params=wanted)
+        # The answer is a SocketIO over the socket of a Unix domain or TCP connection; TLS hands the socket itself.
+        attached = getattr(answer, "_sock", answer)
+        attached.settimeout(None)
+        return attached
+
+    def _watch(self, pump: Pump) -> ContainerExit:
+        state = self._api.inspect_container(self._container.id)["State"]
+        peak = MemoryPeak(state.get("Pid") or 0, self._container.id)
+        clock = _Clock(self._job, state)
+        pause, renewed = 0.02, 0.0
+        while not pump.done.wait(pause):
+            pause = min(pause * 1.5, 0.2)
+            peak.sample()
+            if time.monotonic() - renewed >= 1.0:
+                renewed = time.monotonic()
+                with contextlib.suppress(FileNotFoundError):
+                    lease.renew(self._job.lease)
+            if signal_name := clock.due():
+                self._stopped_at_timeout = True
+                self._kill(signal_name)
+        return self._verdict(pump, peak.bytes)
+
+    def _verdict(self, pump: Pump, peak: int | None) -> ContainerExit:
+        if pump.failure is not None:
+            raise pump.failure
+        state = pump.state
+        if (
+            pump.outages
+            and state["ExitCode"] in (137, 143, 255)
+            and not state.get("OOMKilled")
+            and not self._stopped_at_timeout
+        ):
+            raise ContainerLost(
+                f"The engine went away while {spec.container_name(self._job)} ran, and took it along (exit code "
+                f"{state['ExitCode']}). Run it again. {state.get('Error', '')}".strip()
+            )
+        evidence = Evidence(
+            state=state,
+            in_force=self._container.in_force,
+            memory_peak_bytes=peak,
+            stopped_at_timeout=self._stopped_at_timeout,
+            stdout_bytes=self._delivery.bytes["stdout"],
+            stderr_bytes=self._delivery.bytes["stderr"],
+            stderr_head=self._delivery.stderr_head,
+        )
+        return container_exit(self._job, evidence)
+
+    def _kill(self, signal_name: str) -> None:
+        """Send a signal; one that is already gone, or an engine that is away, is for the pump to tell."""
+        try:
+            with translated("stopping a container"):
+                self._api.kill(self._container.id, signal=signal_name)
+        except EngineError as error:
+            logger.debug("Could not send %s to %s: %s", signal_name, self._container.id[:12], error)
+
+    def _stop(self, pump: Pump) -> None:
+        """SIGTERM, and time to react; the end of it is the removal. The log of that time still reaches the sink."""
+        try:
+            shielded(lambda: self._kill("SIGTERM"))
+            pump.done.wait(self._job.stop_grace_seconds)
+        finally:
+            shielded(lambda: self._kill("SIGKILL"))
+            pump.join(2.0)
+
+
+class _Clock:
+    """Says which signal is due, each once: SIGTERM at the time limit, SIGKILL a grace later."""
+
+    def __init__(self, job: ContainerJob, state: Mapping[str, Any]) -> None:
+        started = parse_time(state.get("StartedAt", ""))
+        passed = (datetime.now(UTC) - started).total_seconds() if started else 0.0
+        self._grace = job.stop_grace_seconds
+        self._name = job.run_id
+        self._next: list[tuple[float, str]] = []
+        if job.timeout_seconds is not None:
+            end = time.monotonic() + job.timeout_seconds - max(passed, 0.0)
+            self._next = [(end, "SIGTERM"), (end + self._grace, "SIGKILL"), (end + self._grace + _SECONDS_TO_DIE, "")]
+
+    def due(self) -> str:
+        """The signal to send now, or nothing."""
+        if not self._next or time.monotonic() < self._next[0][0]:
+            return ""
+        _, name = self._next.pop(0)
+        if not name:
+            raise EngineError(
+                f"The container of run {self._name} does not die. A process in it hangs in the kernel (a network file "
+                "system, a GPU driver); look at the engine's machine."
+            )
+        return name
+
+
+def list_containers(api: Any, run_id: str | None = None) -> list[dict[str, Any]]:
+    """This package's containers, newest first; one run's, or all."""
+    labels = [f"{spec.PACKAGE}={spec.PACKAGE_NAME}"] + ([f"{spec.RUN_ID}={run_id}"] if run_id is not None else [])
+    rows: list[dict[str, Any]] = api.containers(all=True, filters={"label": labels})
+    return [row for row in rows if run_id is None or row["Labels"].get(spec.RUN_ID) == run_id]
+
+
+def remove_container(api: Any, container: str) -> None:
+    """Remove a container, running or not, with its anonymous volumes; return when it is gone."""
+    import docker.errors
+
+    for pause in (0.1, 0.2, 0.4, 0.8, 1.6, None):
+        try:
+            api.remove_container(container, force=True, v=True)
+        except docker.errors.NotFound:
+            return
+        except docker.errors.APIError:
+            # 409: somebody else removes it already; 500: a mount is still busy.
+            if pause is None:
+                raise
+            time.sleep(pause)
+        else:
+            return
+
+
+def remove_run(api: Any, job: ContainerJob) -> None:
+    """Remove what is left of a run; when the engine is away, its lease says later that nobody owns it."""
+
+    def remove() -> None:
+        for row in list_containers(api, job.run_id):
+            remove_container(api, row["Id"])
+
+    try:
+        with translated("removing a container"):
+            shielded(remove)
+    except EngineUnavailable as error:
+        logger.warning("The container of run %s may be left behind, for the reaper to remove: %s", job.run_id, error)
+
+
+def _not_found() -> type[Exception]:
+    import docker.errors
+
+    return docker.errors.NotFound  # type: ignore[no-any-return]

@@ -1,0 +1,207 @@
+"""A job in the Docker Engine API's own words, and what the engine made of it: pure functions over JSON.
+
+The environment in the container is the image's, the job's over it, and three names that engine and runtime add when
+neither has them: HOSTNAME (the container's id), HOME (of its user) and PATH. With `entrypoint` given and `command` not,
+the image's own CMD is dropped, as `docker run --entrypoint` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UnsupportedByEngine
+from ..job import ContainerJob, Resources
+
+RUN_ID = "io.oasis.run-id"
+ATTEMPT = "io.oasis.attempt"
+LEASE = "io.oasis.lease"
+PACKAGE = "io.oasis.package"
+JOB = "io.oasis.job"
+PACKAGE_NAME = "oasis-flows"
+
+# A run that comes back after its process died reads its log here, so the driver must keep bytes exactly and keep all of
+# them: `local` does; `json-file` replaces what is not UTF-8. The bound stops a flood from filling the engine's disk; a
+# longer log is still whole for a run that stays attached, for then nothing is read back.
+KEPT_LOG = {"max-size": "256m", "max-file": "4", "compress": "false"}
+
+_DISCARDED = re.compile(r"discarded|not support|does not match|without swap|not compiled|not mounted", re.IGNORECASE)
+_DEFAULT_CAPABILITIES = frozenset(
+    ("AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD")
+    + ("NET_BIND_SERVICE", "NET_RAW", "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT")
+)
+
+
+def container_name(job: ContainerJob) -> str:
+    """The one name that a container of this attempt can have, so that it can be removed before its id is known."""
+    readable = re.sub(r"[^a-zA-Z0-9_.-]+", "-", job.run_id)[:100].strip("-") or "run"
+    suffix = "" if readable == job.run_id else "-" + hashlib.sha256(job.run_id.encode("utf-8", "replace")).hexdigest()[:8]
+    return f"oasis-{readable}{suffix}-{job.attempt}"
+
+
+def job_digest(job: ContainerJob) -> str:
+    """Tells whether a container found under a run's id does what the run asks for now. No secret value goes into it."""
+    said: list[object] = [
+        job.image,
+        job.entrypoint,
+        job.command,
+        sorted(job.environment.items()),
+        sorted(job.secret_environment),
+    ]
+    said += [[(str(m.source), m.target, m.read_only) for m in job.mounts], job.working_dir, job.user, repr(job.resources)]
+    return hashlib.sha256(json.dumps([*said, repr(job.sandbox)]).encode("utf-8", "backslashreplace")).hexdigest()[:32]
+
+
+def create_body(job: ContainerJob, info: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of `POST /containers/create`. `info` is the engine's, `image` the inspected image."""
+    environment = {**job.environment, **job.secret_environment}
+    entrypoint, command = job.entrypoint, job.command
+    if command == () and entrypoint is None:
+        # An empty list means "the image's own" to the engine, unless an entrypoint is given.
+        entrypoint = tuple((image.get("Config") or {}).get("Entrypoint") or ())
+    return {
+        "Image": job.image,
+        "Entrypoint": None if entrypoint is None else list(entrypoint) or [""],
+        "Cmd": None if command is None else list(command),
+        "Env": [f"{name}={value}" for name, value in environment.items()],
+        "WorkingDir": job.working_dir,
+        "User": job.user,
+        "AttachStdout": True,
+        "AttachStderr": True,
+        "Labels": {
+            RUN_ID: job.run_id,
+            ATTEMPT: str(job.attempt),
+            LEASE: str(job.lease),
+            PACKAGE: PACKAGE_NAME,
+            JOB: job_digest(job),
+        },
+        "HostConfig": _host_config(job, info),
+    }
+
+
+def _host_config(job: ContainerJob, info: Mapping[str, Any]) -> dict[str, Any]:
+    resources, sandbox = job.resources, job.sandbox
+    tmp = "rw,exec,nosuid,nodev,mode=1777" + (f",size={resources.tmp_bytes}" if resources.tmp_bytes else "")
+    config: dict[str, Any] = {
+        "NetworkMode": "bridge" if sandbox.network else "none",
+        "CapDrop": ["ALL"],
+        "CapAdd": list(sandbox.capabilities),
+        "SecurityOpt": [] if sandbox.new_privileges else ["no-new-privileges"],
+        "ReadonlyRootfs": not sandbox.writable_root,
+        "Tmpfs": {} if any(m.target == "/tmp" for m in job.mounts) else {"/tmp": tmp},  # noqa: S108
+        "PidsLimit": resources.pids,
+        "Memory": resources.memory_bytes,
+        "NanoCpus": round(resources.cpus * 1e9),
+        "Init": True,
+        "Mounts": [{"Type": "bind", "Source": str(m.source), "Target": m.target, "ReadOnly": m.read_only} for m in job.mounts],
+        "DeviceRequests": _device_requests(resources),
+    }
+    if info.get("SwapLimit"):
+        config["MemorySwap"] = resources.memory_bytes
+    if resources.shm_bytes:
+        config["ShmSize"] = resources.shm_bytes
+    if "local" in ((info.get("Plugins") or {}).get("Log") or ()):
+        config["LogConfig"] = {"Type": "local", "Config": KEPT_LOG}
+    return config
+
+
+def _device_requests(resources: Resources) -> list[dict[str, Any]]:
+    if not resources.gpus:
+        return []
+    return [{"Count": -1 if resources.gpus == "all" else resources.gpus, "Capabilities": [["gpu"]]}]
+
+
+def refuse_unenforced(info: Mapping[str, Any]) -> None:
+    """Return if the engine can hold a container to its limits.
+
+    Swap is not asked for: where the kernel cannot count it, memory itself is still limited.
+
+    Raises:
+        UnsupportedByEngine: it says itself that it cannot; the message names the limits.
+    """
+    limits = {"MemoryLimit": "memory", "CpuCfsQuota": "cpus", "PidsLimit": "pids"}
+    missing = [word for key, word in limits.items() if info.get(key) is False]
+    if missing:
+        raise UnsupportedByEngine(
+            f"The engine cannot limit {' and '.join(missing)}. Its kernel lacks the cgroup controllers, or it runs rootless "
+            "on cgroup v1; run it as root, or on a machine with cgroup v2."
+        )
+
+
+def refuse_warnings(name: str, warnings: list[str] | None) -> None:
+    """Return if the engine created the container as asked.
+
+    Raises:
+        UnsupportedByEngine: it says that it dropped a limit.
+    """
+    dropped = [w for w in warnings or () if _DISCARDED.search(w)]
+    if dropped:
+        raise UnsupportedByEngine(
+            f"The engine created {name} without all of its limits, so it was removed. It said: {' '.join(dropped)}"
+        )
+
+
+def in_force(container: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, object]:
+    """What the engine says about a created container, in this package's words."""
+    host, config = container["HostConfig"], container["Config"]
+    mounts = [
+        {"source": m.get("Source"), "target": m["Destination"], "read_only": not m["RW"]}
+        for m in container.get("Mounts") or ()
+        if m.get("Type") in (None, "bind")
+    ]
+    cpus = (
+        host.get("NanoCpus") / 1e9 if host.get("NanoCpus") else (host.get("CpuQuota") or 0) / (host.get("CpuPeriod") or 100_000)
+    )
+    return {
+        "engine": f"{info.get('OSType', 'linux')} engine {info.get('ServerVersion', 'of unknown version')}",
+        "engine_security": list(info.get("SecurityOptions") or ()),
+        "container": container["Id"],
+        "image": container["Image"],
+        "user": config.get("User") or "",
+        "working_dir": config.get("WorkingDir") or "",
+        "network": host.get("NetworkMode"),
+        "privileged": bool(host.get("Privileged")),
+        "capabilities_dropped": list(host.get("CapDrop") or ()),
+        "capabilities_added": list(host.get("CapAdd") or ()),
+        "security_options": list(host.get("SecurityOpt") or ()),
+        "read_only_root": bool(host.get("ReadonlyRootfs")),
+        "tmpfs": dict(host.get("Tmpfs") or {}),
+        "init": bool(host.get("Init")),
+        "pids": host.get("PidsLimit"),
+        "memory_bytes": host.get("Memory"),
+        "memory_and_swap_bytes": host.get("MemorySwap"),
+        "oom_kill_disabled": bool(host.get("OomKillDisable")),
+        "cpus": cpus,
+        "shm_bytes": host.get("ShmSize"),
+        "gpus": list(host.get("DeviceRequests") or ()),
+        "runtime": host.get("Runtime"),
+        "cgroup_parent": host.get("CgroupParent") or "",
+        "log_driver": (host.get("LogConfig") or {}).get("Type"),
+        "mounts": sorted(mounts, key=lambda m: str(m["target"])),
+    }
+
+
+def looser_than_asked(job: ContainerJob, force: Mapping[str, Any], info: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of what is less strict in force than the job asks for; empty when all is well."""
+    resources, sandbox = job.resources, job.sandbox
+    dropped = {c.removeprefix("CAP_") for c in force["capabilities_dropped"]}
+    added = {c.removeprefix("CAP_") for c in force["capabilities_added"]}
+    asked = {c.removeprefix("CAP_") for c in sandbox.capabilities}
+    read_only = {m["target"] for m in force["mounts"] if m["read_only"]}
+    checks = {
+        "network": sandbox.network or force["network"] == "none",
+        "privileged": not force["privileged"],
+        "capabilities": added <= asked and ("ALL" in dropped or dropped | asked >= _DEFAULT_CAPABILITIES),
+        "no-new-privileges": sandbox.new_privileges
+        or any(o.startswith("no-new-privileges") for o in force["security_options"]),
+        "read-only root": sandbox.writable_root or force["read_only_root"],
+        "memory": force["memory_bytes"] == resources.memory_bytes and not force["oom_kill_disabled"],
+        "swap": not info.get("SwapLimit") or force["memory_and_swap_bytes"] == resources.memory_bytes,
+        "pids": force["pids"] == resources.pids,
+        "cpus": abs(force["cpus"] - resources.cpus) < 1e-3 * max(1.0, resources.cpus),
+        "read-only mounts": all(m.target in read_only for m in job.mounts if m.read_only),
+    }
+    return tuple(name for name, holds in checks.items() if not holds)
