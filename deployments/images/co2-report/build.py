@@ -34,7 +34,7 @@ def static_busybox() -> Path:
 def root_filesystem(busybox: Path, program: Path) -> bytes:
     """A tar of everything in the image: sorted, owned by root, dated 1970."""
     applets = subprocess.run([busybox, "--list"], check=True, capture_output=True, text=True).stdout.split()
-    folders = {name: 0o755 for name in ("bin", "etc", "proc", "sys", "dev", "work", "usr", "usr/bin")}
+    folders = dict.fromkeys(("bin", "dev", "etc", "proc", "sys", "usr", "usr/bin", "work"), 0o755)
     files = {
         "bin/busybox": (busybox.read_bytes(), 0o755),
         "bin/co2-report": (program.read_bytes(), 0o755),
@@ -76,6 +76,6 @@ def build(engine: docker.DockerClient) -> str:
 
 if __name__ == "__main__":
     try:
-        print(f"image {REPOSITORY}:{TAG}: {build(docker.from_env())}")
+        print(f"image {REPOSITORY}:{TAG}: {build(docker.from_env())}")  # noqa: T201
     except DockerException as error:
         sys.exit(f"co2-report: the container engine refused or does not answer: {error}")
