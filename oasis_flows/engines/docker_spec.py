@@ -29,10 +29,12 @@ PACKAGE_NAME = "oasis-flows"
 KEPT_LOG = {"max-size": "256m", "max-file": "4", "compress": "false"}
 
 _DISCARDED = re.compile(r"discarded|not support|does not match|without swap|not compiled|not mounted", re.IGNORECASE)
-_DEFAULT_CAPABILITIES = frozenset(
-    ("AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD")
-    + ("NET_BIND_SERVICE", "NET_RAW", "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT")
-)
+# fmt: off
+_DEFAULT_CAPABILITIES = frozenset((
+    "AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD",
+    "NET_BIND_SERVICE", "NET_RAW", "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT",
+))
+# fmt: on
 
 
 def container_name(job: ContainerJob) -> str:

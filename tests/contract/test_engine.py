@@ -1,0 +1,160 @@
+"""The seven promises of `oasis_flows.engines`, one class, a test or more per number, over every engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from oasis_flows.engines import Engine
+from oasis_flows.errors import NoGpu, StoreFull
+from oasis_flows.job import ContainerExit, ContainerJob, ImageSource, LogSink, Mount, Reason, Resources, Stream
+from oasis_flows.testing import FakeEngine, host_path
+
+
+@dataclass
+class Log:
+    """A sink that keeps what it gets."""
+
+    pieces: list[tuple[Stream, bytes]] = field(default_factory=list)
+
+    def __call__(self, stream: Stream, data: bytes) -> None:
+        self.pieces.append((stream, data))
+
+    def text(self, stream: Stream) -> bytes:
+        return b"".join(data for name, data in self.pieces if name == stream)
+
+
+@dataclass(frozen=True)
+class Program:
+    """The same algorithm for a shell and for the fake engine."""
+
+    shell: str
+    python: Callable[[ContainerJob, LogSink], int | ContainerExit]
+
+
+def say(*words: tuple[Stream, bytes], code: int = 0) -> Callable[[ContainerJob, LogSink], int]:
+    def algorithm(job: ContainerJob, log: LogSink) -> int:
+        for stream, data in words:
+            log(stream, data)
+        return code
+
+    return algorithm
+
+
+def write_output(job: ContainerJob, log: LogSink) -> int:
+    host_path(job, "/work/output/hello.txt").write_text("DATA\n")
+    log("stdout", b"HI\n")
+    return 0
+
+
+def sleep(job: ContainerJob, log: LogSink) -> int:
+    log("stdout", b"begun\n")
+    time.sleep(20)
+    return 0
+
+
+HELLO = Program("echo DATA > output/hello.txt && echo HI", write_output)
+FAIL = Program("echo bad >&2; exit 7", say(("stderr", b"bad\n"), code=7))
+BOTH = Program("echo out; echo err >&2; printf end", say(("stdout", b"out\n"), ("stderr", b"err\n"), ("stdout", b"end")))
+SLEEP = Program("echo begun; sleep 20", sleep)
+NOTHING = Program("true", say())
+
+
+@pytest.fixture(params=["docker", "fake"])
+def start(request: pytest.FixtureRequest, make_job: Callable[..., ContainerJob]) -> Callable[..., ContainerExit]:
+    """Run a program on the engine under test."""
+
+    def run(program: Program, log: LogSink, **changes: Any) -> ContainerExit:
+        engine: Engine = FakeEngine(program.python)
+        if request.param == "docker":
+            engine = request.getfixturevalue("docker_engine")
+        return engine.run(make_job("sh", "-c", program.shell, **changes), log)
+
+    return run
+
+
+class TestPromises:
+    def test_1_a_non_zero_exit_is_a_result(self, start: Callable[..., ContainerExit]) -> None:
+        log = Log()
+        ended = start(FAIL, log)
+        assert (ended.reason, ended.exit_code) == (Reason.EXIT_NONZERO, 7)
+        assert log.text("stderr") == b"bad\n"
+
+    def test_1_success_is_a_result(self, start: Callable[..., ContainerExit], tmp_path: Any) -> None:
+        log = Log()
+        (tmp_path / "output").mkdir()
+        ended = start(HELLO, log, mounts=(Mount(source=tmp_path / "output", target="/work/output", read_only=False),))
+        assert (ended.reason, ended.exit_code) == (Reason.OK, 0)
+        assert log.pieces == [("stdout", b"HI\n")]
+        assert (tmp_path / "output" / "hello.txt").read_bytes() == b"DATA\n"
+        assert ended.started_at is not None
+        assert 0 <= ended.seconds < 5
+
+    def test_2_every_byte_once_and_streams_apart(self, start: Callable[..., ContainerExit]) -> None:
+        log = Log()
+        start(BOTH, log)
+        assert (log.text("stdout"), log.text("stderr")) == (b"out\nend", b"err\n")
+
+    def test_2_live(self, start: Callable[..., ContainerExit]) -> None:
+        moments: list[float] = []
+        start(SLEEP, lambda stream, data: moments.append(time.monotonic()), timeout_seconds=1, stop_grace_seconds=0.2)
+        assert moments[0] < time.monotonic() - 0.5
+
+    def test_3_an_exception_of_the_sink_ends_it_and_is_raised(self, start: Callable[..., ContainerExit]) -> None:
+        def full(stream: Stream, data: bytes) -> None:
+            raise StoreFull("The disk of the log is full.")
+
+        began = time.monotonic()
+        with pytest.raises(StoreFull):
+            start(SLEEP, full)
+        assert time.monotonic() - began < 10
+
+    def test_5_the_time_limit_has_its_own_reason(self, start: Callable[..., ContainerExit]) -> None:
+        log = Log()
+        began = time.monotonic()
+        ended = start(SLEEP, log, timeout_seconds=0.5)
+        assert ended.reason is Reason.TIMED_OUT
+        assert ended.timeout_seconds == 0.5
+        assert time.monotonic() - began < 5
+        assert log.text("stdout") == b"begun\n"
+
+    def test_7_no_gpu_is_refused(self, start: Callable[..., ContainerExit]) -> None:
+        with pytest.raises(NoGpu):
+            start(NOTHING, Log(), resources=Resources(gpus=1))
+
+    def test_many_at_once(self, start: Callable[..., ContainerExit]) -> None:
+        ends: list[ContainerExit] = []
+        threads = [threading.Thread(target=lambda: ends.append(start(BOTH, Log()))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [e.reason for e in ends] == [Reason.OK] * 3
+
+
+def test_the_fake_engine_plays_failures(make_job: Callable[..., ContainerJob]) -> None:
+    def crash(job: ContainerJob, log: LogSink) -> int:
+        raise ValueError("no such column")
+
+    log = Log()
+    ended = FakeEngine(crash).run(make_job(), log)
+    assert (ended.reason, ended.exit_code) == (Reason.EXIT_NONZERO, 1)
+    assert log.text("stderr").endswith(b"ValueError: no such column\n")
+
+    def away(job: ContainerJob, log: LogSink) -> int:
+        raise NoGpu("none today")
+
+    with pytest.raises(NoGpu):
+        FakeEngine(away).run(make_job(), log)
+
+
+def test_the_fake_engine_prepares_by_name() -> None:
+    engine = FakeEngine()
+    assert engine.prepare(ImageSource(image_id="a:1")) == engine.prepare(ImageSource(image_id="a:1"))
+    assert engine.prepare(ImageSource(image_id="a:1")) != engine.prepare(ImageSource(image_id="a:2"))
+    assert engine.reap() == ()

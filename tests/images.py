@@ -1,0 +1,149 @@
+"""Tiny images made on the spot, and archives of them, sound and broken: no registry is needed."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import subprocess
+import tarfile
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BUSYBOX = Path("/usr/bin/busybox")
+PASSWD = b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n"
+
+
+@cache
+def busybox_layer() -> bytes:
+    """A layer with a whole shell; Debian's busybox-static needs nothing beside itself."""
+    assert BUSYBOX.exists(), "install Debian's busybox-static"
+    applets = subprocess.run([BUSYBOX, "--list"], check=True, capture_output=True, text=True).stdout.split()
+    files = {"bin/busybox": (0o755, BUSYBOX.read_bytes()), "etc/passwd": (0o644, PASSWD), "etc/group": (0o644, b"root:x:0:\n")}
+    return layer(files, {f"bin/{a}": "busybox" for a in applets if a != "busybox"})
+
+
+def layer(files: Mapping[str, tuple[int, bytes]], links: Mapping[str, str] | None = None) -> bytes:
+    """A layer with these files (mode and content) and symbolic links."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name, (mode, data) in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(data), mode
+            tar.addfile(member, io.BytesIO(data))
+        for name, target in (links or {}).items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, target
+            tar.addfile(member)
+    return packed.getvalue()
+
+
+@dataclass(frozen=True)
+class TinyImage:
+    """An image as values; `layers` are plain tar archives."""
+
+    tags: tuple[str, ...] = ()
+    layers: tuple[bytes, ...] = field(default_factory=lambda: (busybox_layer(),))
+    config: Mapping[str, object] = field(default_factory=lambda: {"Env": ["PATH=/bin", "FROM_IMAGE=yes"], "Cmd": ["sh"]})
+    architecture: str = "amd64"
+    os: str = "linux"
+
+    @property
+    def config_bytes(self) -> bytes:
+        diff_ids = [sha256(data) for data in self.layers]
+        return json.dumps(
+            {
+                "architecture": self.architecture,
+                "os": self.os,
+                "config": self.config,
+                "rootfs": {"type": "layers", "diff_ids": diff_ids},
+                "history": [{"created_by": "tests"} for _ in diff_ids],
+            }
+        ).encode()
+
+    @property
+    def id(self) -> str:
+        return sha256(self.config_bytes)
+
+
+def sha256(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def write_tar(path: Path, members: Mapping[str, bytes], *, packed: bool = False) -> Path:
+    """A tar archive with these members, in this order."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    path.write_bytes(gzip.compress(data.getvalue(), 1) if packed else data.getvalue())
+    return path
+
+
+def docker_members(*images: TinyImage) -> dict[str, bytes]:
+    """What `docker save` writes, the manifest last, as it does."""
+    members, manifest = {}, []
+    for image in images:
+        names = []
+        for data in image.layers:
+            names.append(f"{sha256(data)[7:]}/layer.tar")
+            members[names[-1]] = data
+        config = f"{image.id[7:]}.json"
+        members[config] = image.config_bytes
+        manifest.append({"Config": config, "RepoTags": list(image.tags) or None, "Layers": names})
+    return {**members, "manifest.json": json.dumps(manifest).encode()}
+
+
+def docker_archive(path: Path, *images: TinyImage, packed: bool = False) -> Path:
+    """An archive as `docker save` writes it."""
+    return write_tar(path, docker_members(*images), packed=packed)
+
+
+def oci_archive(path: Path, *images: TinyImage, packed: bool = False, media: str = "tar+gzip", attested: bool = False) -> Path:
+    """An archive in the layout of the OCI, its layers compressed; `attested` adds what BuildKit keeps beside an image."""
+    blobs: dict[str, bytes] = {}
+
+    def keep(data: bytes, kind: str, **more: Any) -> dict[str, Any]:
+        digest = sha256(data)
+        blobs["blobs/" + digest.replace(":", "/")] = data
+        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": digest, "size": len(data), **more}
+
+    manifests = []
+    for image in images:
+        described = {
+            "schemaVersion": 2,
+            "config": keep(image.config_bytes, "config.v1+json"),
+            "layers": [keep(gzip.compress(data, 1, mtime=0), f"layer.v1.{media}") for data in image.layers],
+        }
+        platform = {"architecture": image.architecture, "os": image.os}
+        manifests.append(keep(json.dumps(described).encode(), "manifest.v1+json", platform=platform))
+    if attested:
+        note = {"vnd.docker.reference.type": "attestation-manifest"}
+        manifests.append(keep(b'{"layers": []}', "manifest.v1+json", annotations=note))
+    head = {"oci-layout": b'{"imageLayoutVersion": "1.0.0"}', "index.json": json.dumps({"manifests": manifests}).encode()}
+    return write_tar(path, {**head, **blobs}, packed=packed)
+
+
+@pytest.fixture(scope="session")
+def busybox(docker_api: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The name of an image with a shell in the machine's engine; nobody else has it, and it goes at the end."""
+    name = f"oasis-test/busybox:{uuid.uuid4().hex[:12]}"
+    strange = {
+        "opt/noexec": (0o644, b"#!/bin/sh\n"),
+        "opt/elsewhere": (0o755, b"\x7fELF\x02\x01\x01\0garbage of another architecture\n"),
+        "opt/unique": (0o644, name.encode()),
+    }
+    image = TinyImage(tags=(name,), layers=(busybox_layer(), layer(strange)))
+    with docker_archive(tmp_path_factory.mktemp("image") / "busybox.tar", image).open("rb") as archive:
+        list(docker_api.load_image(archive))
+    yield name
+    docker_api.remove_image(name, force=True)

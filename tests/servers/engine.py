@@ -1,0 +1,133 @@
+"""Docker engines for tests: the machine's own, and private ones that a test may stop and kill."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+
+from oasis_flows import lease
+from oasis_flows.engines import docker_spec
+from oasis_flows.engines.docker import DockerEngine, connect
+from oasis_flows.job import ContainerJob
+
+
+@pytest.fixture(scope="session")
+def docker_api() -> Iterator[Any]:
+    """The low-level client of the machine's engine; fails where none answers."""
+    with contextlib.closing(connect()) as client:
+        yield client.api
+
+
+@pytest.fixture(scope="session")
+def docker_engine(docker_api: Any) -> DockerEngine:
+    """The machine's engine."""
+    return DockerEngine()
+
+
+def containers_of(api: Any, run_id: str) -> list[dict[str, Any]]:
+    """The containers of a run, ended ones included."""
+    return list(api.containers(all=True, filters={"label": f"{docker_spec.RUN_ID}={run_id}"}))
+
+
+@pytest.fixture
+def make_job(docker_api: Any, busybox: str, tmp_path: Path) -> Iterator[Callable[..., ContainerJob]]:
+    """Makes jobs with run ids of their own, their leases held; fails a test that leaves a container of one behind."""
+    jobs: list[ContainerJob] = []
+    with contextlib.ExitStack() as held:
+
+        def make(*command: str, **changes: Any) -> ContainerJob:
+            run_id = changes.pop("run_id", f"test-{uuid.uuid4().hex}")
+            path = tmp_path / "leases" / run_id / "lease"
+            if changes.pop("own", True) and not any(job.lease == path for job in jobs):
+                held.enter_context(lease.hold(path))
+            job = ContainerJob(**{"run_id": run_id, "image": busybox, "lease": path, "command": command or None, **changes})
+            jobs.append(job)
+            return job
+
+        yield make
+    left = [row for job in jobs for row in containers_of(docker_api, job.run_id)]
+    for row in left:
+        docker_api.remove_container(row["Id"], force=True)
+    assert not left, f"left behind: {[(row['Names'], row['Status']) for row in left]}"
+
+
+class PrivateEngine:
+    """A dockerd of one's own in a folder: no bridge, so containers have no network but their own loopback."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder, self.options = folder, options
+        self.host = f"unix://{folder}/docker.sock"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and return when it answers."""
+        (self.folder / "docker.pid").unlink(missing_ok=True)
+        where = ["--host", self.host, "--pidfile", f"{self.folder}/docker.pid", "--data-root", f"{self.folder}/data"]
+        alone = ["--exec-root", f"{self.folder}/run", "--bridge", "none", "--iptables=false", "--ip6tables=false"]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                ["dockerd", *where, *alone, *self.options], stdout=log, stderr=log, start_new_session=True
+            )
+        for _ in range(300):
+            with contextlib.suppress(docker.errors.DockerException), contextlib.closing(self.connect()):
+                return
+            assert self.process.poll() is None, (self.folder / "log").read_text()[-2000:]
+            time.sleep(0.05)
+        raise AssertionError("dockerd does not answer")
+
+    def connect(self) -> docker.DockerClient:
+        """A client."""
+        return docker.DockerClient(base_url=self.host, version="auto", timeout=30)
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        """Stop or kill the daemon; killed, it leaves its containers running."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait(40)
+
+
+@contextlib.contextmanager
+def private_engine(*options: str) -> Iterator[PrivateEngine]:
+    """A private engine for the time of the block. A test may have stopped or killed it; nothing of it stays."""
+    folder = Path(tempfile.mkdtemp(prefix="oasis-dockerd-"))  # a socket's path holds 107 bytes, pytest's folders may not fit
+    engine = PrivateEngine(folder, *options)
+    try:
+        engine.start()
+        yield engine
+    finally:
+        if engine.process is not None and engine.process.poll() is not None:
+            engine.start()
+        with contextlib.closing(engine.connect()) as client:
+            for row in client.api.containers(all=True):
+                client.api.remove_container(row["Id"], force=True)
+        engine.end()
+        for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+            if line.split()[1].startswith(f"{folder}/"):
+                subprocess.run(["umount", "-l", line.split()[1]], check=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def alive(pid: int) -> bool:
+    """Does the process run? A zombie does not."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def eventually(holds: Callable[[], object], seconds: float = 10.0) -> None:
+    """Return once `holds()` does; fail after `seconds`."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, f"still not so after {seconds} s: {holds}"
+        time.sleep(0.02)
