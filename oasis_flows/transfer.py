@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
@@ -251,7 +251,7 @@ def in_order(
     workers: int = WORKERS,
     window: int = WINDOW,
     tick: Callable[[], None] = lambda: None,
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """Map over `items` with threads; results come in the order of the items, at most `window` are under way.
 
     `tick` is called in the caller's thread, a few times a second at least. The first failure is raised, also when its

@@ -47,6 +47,7 @@ NO_CREDENTIALS = _words(
     "SSOTokenLoadError UnauthorizedSSOTokenError InvalidConfigError ConfigParseError"
 )
 
+BROKEN_OFF = _words("ConnectionError HTTPClientError IncompleteReadError ReadTimeoutError ConnectionClosedError")
 BY_CLASS: dict[str, str] = {
     "NotFoundError": "404",
     "PermissionDeniedError": "403",
@@ -73,10 +74,11 @@ def verdict(error: Exception, where: str, *, writing: bool) -> OasisError | None
         return DatasetError(f"{where} needs a driver that is not installed. {why}. Install it beside this package.")
     if type(error).__name__ in NO_CREDENTIALS:
         return _denied(where, why, writing)
-    if isinstance(error, OSError) and not _code(error):
+    code = _code(error)
+    if isinstance(error, OSError) and not code:
         return _by_errno(error, where, why, writing)
-    if roots & LIBRARIES:
-        return _by_code(_code(error), where, why, writing)
+    if roots & LIBRARIES or isinstance(error, OSError):
+        return _by_code(code, where, why, writing)
     return None
 
 
@@ -89,9 +91,12 @@ def _code(error: Exception) -> str:
     found = re.search(r"<Code>(\w+)</Code>", text) or re.search(r"status code: (\d{3})", text)
     if found:
         return found[1]
-    if type(error).__module__.startswith("obstore") and type(error).__name__ != "GenericError":
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if type(error).__module__.startswith("obstore") and "GenericError" not in names:
         return BY_CLASS.get(type(error).__name__, type(error).__name__)
-    return "InvalidEndpoint" if "builder error" in text or type(error).__name__ == "ParamValidationError" else ""
+    if "builder error" in text or ("BotoCoreError" in names and names.isdisjoint(BROKEN_OFF)):
+        return "InvalidRequest"
+    return ""
 
 
 def _by_code(code: str, where: str, why: str, writing: bool) -> OasisError:

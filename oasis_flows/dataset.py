@@ -1,0 +1,238 @@
+"""What stands at a URL: a dataset that a run published, or a folder of somebody's files.
+
+A published dataset has its files under `data/`, and beside them `log.txt`, `task.json` (the record, known by its key
+`oasis_flows`) and `manifest.jsonl`, which is written last: without it the run failed or is not done yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import DatasetError, DatasetNotFound
+from .folder import Found, chunks_of, opened, walk
+from .manifest import Entry, Summary, Tally, checked, parse, parse_line, sort_key
+from .transfer import Files, Location, Meter, files, in_order, translated
+from .verdicts import Missing
+
+DATA, LOG, RECORD, MANIFEST = "data/", "log.txt", "task.json", "manifest.jsonl"
+MARKER = "oasis_flows"
+RECORD_MOST_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A dataset that a run published whole. `record` is its `task.json`."""
+
+    location: Location
+    record: Mapping[str, object]
+
+    @property
+    def data(self) -> Location:
+        """Where the files themselves are."""
+        return self.location.child(DATA.rstrip("/"))
+
+    def entries(self) -> Iterator[Entry]:
+        """The manifest's entries, each with its SHA-256; checked, and read as they are needed.
+
+        Raises:
+            DatasetError: the manifest is damaged.
+        """
+        for entry in parse(lines(files(self.location).read(MANIFEST))):
+            if entry.sha256 is None:
+                raise DatasetError(f"The manifest of {self.location.url} has no sha256 for {entry.path!r}: publish it again.")
+            yield entry
+
+
+def published(location: Location) -> Published | None:
+    """The published dataset at this place; `None` when it is a folder of anything else, or nothing.
+
+    Raises:
+        DatasetNotFound: a run wrote here and never finished; or the bucket does not exist.
+    """
+    store = files(location)
+    record = _record(store)
+    if record is None:
+        return None
+    try:
+        store.size(MANIFEST)
+    except Missing:
+        raise DatasetNotFound(
+            f"{location.url} is not a dataset, because the run that writes it failed or has not finished. "
+            f"See {LOG} and {RECORD} there; run it again, or take another dataset."
+        ) from None
+    return Published(location=location, record=record)
+
+
+def _record(store: Files) -> Mapping[str, object] | None:
+    content = bytearray()
+    try:
+        for chunk in store.read(RECORD):
+            content += chunk
+            if len(content) > RECORD_MOST_BYTES:
+                return None
+        found = json.loads(content)
+    except (Missing, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and MARKER in found else None
+
+
+def scan(location: Location, *, hash: bool = False) -> Iterator[Entry]:
+    """The dataset's files, sorted and checked, found while you iterate; memory does not grow with their number.
+
+    A published dataset's are those of its manifest, with their SHA-256. Others have an etag where the store knows one;
+    with `hash`, local files are read for their SHA-256.
+
+    Raises:
+        DatasetNotFound: there is nothing; or a run that never finished.
+        DatasetError: it is a file and no folder.
+        UnsafeName: a name, a link or a special file that cannot be carried.
+    """
+    known = published(location)
+    if known is not None:
+        yield from known.entries()
+    elif location.is_local and hash:
+        yield from checked(hashed(Path(location.path).expanduser(), Meter(None)))
+    else:
+        yield from checked(listed(location))
+
+
+def listed(location: Location) -> Iterator[Entry]:
+    """What the store lists there; not checked.
+
+    Raises:
+        DatasetNotFound: nothing at all, in a store where folders do not exist by themselves.
+    """
+    store, nothing = files(location), True
+    try:
+        for entry in store.list():
+            nothing = False
+            yield entry
+    except Missing as error:
+        raise DatasetNotFound(
+            f"There is no folder {location.url}. Check the address, and that this machine sees it. {error}"
+        ) from error
+    if nothing and not location.is_local:
+        _explain_nothing(location)
+
+
+def _explain_nothing(location: Location) -> None:
+    parent, _, name = location.url.rstrip("/").rpartition("/")
+    if location.path.strip("/").count("/"):
+        try:
+            files(Location(parent, location.options)).size(name)
+        except Missing:
+            pass
+        else:
+            raise DatasetError(f"{location.url} is a file. A dataset is a folder: give the folder that it is in.")
+    raise DatasetNotFound(
+        f"There are no files at {location.url}. Check the address; names in object stores are case-sensitive."
+    )
+
+
+def hashed(root: Path, meter: Meter, found: Iterable[Found] | None = None) -> Iterator[Entry]:
+    """The files below a local folder with their SHA-256, read by a few threads; not checked."""
+
+    def entry(file: Found) -> Entry:
+        with opened(root, file.real) as descriptor:
+            reading = Reading(meter)
+            for _ in reading.through(chunks_of(descriptor, str(root / file.name))):
+                pass
+        return reading.entry(file.name)
+
+    require_folder(root)
+    with closing(in_order(entry, walk(root) if found is None else found, workers=4, tick=meter.tick)) as entries:
+        for each in entries:
+            meter.file_done()
+            yield each
+
+
+def require_folder(root: Path) -> None:
+    """Return if it is a folder.
+
+    Raises:
+        DatasetNotFound: nothing is there.
+        DatasetError: it is a file.
+    """
+    if root.exists() and not root.is_dir():
+        raise DatasetError(f"{root} is a file. A dataset is a folder: give the folder that it is in.")
+    if not root.exists():
+        raise DatasetNotFound(f"There is no folder {root}. Check the address; it must exist on the machine that runs this.")
+
+
+class Reading:
+    """Size and SHA-256 (and MD5, if wanted) of bytes on their way to somewhere else."""
+
+    def __init__(self, meter: Meter, *, md5: bool = False) -> None:
+        self._meter = meter
+        self._sha256 = hashlib.sha256()
+        self._md5 = hashlib.md5(usedforsecurity=False) if md5 else None
+        self.size = 0
+
+    def through(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass the bytes on."""
+        for chunk in chunks:
+            self._sha256.update(chunk)
+            if self._md5 is not None:
+                self._md5.update(chunk)
+            self.size += len(chunk)
+            self._meter.add(len(chunk))
+            yield chunk
+
+    @property
+    def md5(self) -> str | None:
+        """Of what has passed so far; `None` if not wanted."""
+        return self._md5.hexdigest() if self._md5 is not None else None
+
+    def entry(self, name: str, etag: str | None = None) -> Entry:
+        """What has passed so far, as the file `name`."""
+        return Entry(name, self.size, self._sha256.hexdigest(), etag)
+
+
+def paired(left: Iterable[Entry], right: Iterable[Entry]) -> Iterator[tuple[Entry | None, Entry | None]]:
+    """Two sorted streams side by side: those of one name together, `None` where one has no such name."""
+    ours, theirs = iter(left), iter(right)
+    mine, other = next(ours, None), next(theirs, None)
+    while mine is not None or other is not None:
+        if other is None or (mine is not None and sort_key(mine.path) < sort_key(other.path)):
+            yield mine, None
+            mine = next(ours, None)
+        elif mine is None or sort_key(other.path) < sort_key(mine.path):
+            yield None, other
+            other = next(theirs, None)
+        else:
+            yield mine, other
+            mine, other = next(ours, None), next(theirs, None)
+
+
+def write_manifest(entries: Iterable[Entry], path: Path) -> Summary:
+    """Write the entries as a manifest, which appears at `path` once it is whole."""
+    tally, part = Tally(), path.with_name(f"{path.name}.part")
+    with translated(str(path), writing=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            for entry in entries:
+                file.write(tally.add(entry))
+        part.replace(path)
+    return tally.summary()
+
+
+def read_manifest(path: Path) -> Iterator[Entry]:
+    """The entries of a manifest on this machine, as they were written."""
+    with translated(str(path)), path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            yield parse_line(line, number)
+
+
+def lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Cut a stream into its lines."""
+    rest = b""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest

@@ -1,0 +1,120 @@
+"""Publishes what a run wrote: its files, its log and its record, and the manifest last, which makes it a dataset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from .dataset import DATA, LOG, MANIFEST, RECORD, Reading, paired, read_manifest, write_manifest
+from .errors import StoreDenied, UnsafeName
+from .folder import Folder, Found, chunks_of, opened, walk
+from .manifest import Entry, Summary, check_name, checked
+from .transfer import Files, Location, Meter, Progress, files, in_order
+from .verdicts import Missing
+
+
+def publish(
+    output: Path,
+    location: Location,
+    *,
+    log: Path,
+    record: Callable[[Summary], bytes],
+    workspace: Path,
+    commit: bool,
+    skipped: Callable[[str], None] = lambda _: None,
+    progress: Progress | None = None,
+) -> Summary:
+    """Publish the files of `output` under `location`, with the run's log and record; return what they add up to.
+
+    With `commit` it is a dataset from the moment when this returns, and not before: the manifest is written last. What
+    cannot be carried is refused before anything is written. Without `commit` there is no manifest, so nobody takes it
+    for a dataset, and what cannot be carried is left out: `skipped` is told, a sentence each.
+
+    Calling it again replaces what an earlier call left there, whole or not. Links to files inside become files; empty
+    folders are left out. The manifest stays on this machine too, as `workspace/output.jsonl`. Where the store is a
+    folder of the same file system, files are linked and not copied.
+
+    Args:
+        record: Makes the content of `task.json`, a JSON object with the key `oasis_flows`.
+
+    Raises:
+        UnsafeName: with `commit`: a name, a link or a special file that cannot be carried.
+        StoreDenied, StoreFull, StoreUnavailable: the store refuses, has no room, or does not answer.
+    """
+    meter = Meter(progress, _count(output) if commit else None)
+    store, manifest = files(location), workspace / "output.jsonl"
+    store.delete([MANIFEST])
+    with suppress(StoreDenied):
+        store.abandon()
+    found = walk(output) if commit else _carriable(output, skipped)
+    with closing(in_order(_PublishOne(store, output, meter), found, tick=meter.tick)) as entries:
+        summary = write_manifest(_counted(entries, meter), manifest)
+    store.delete(_left_over(store, manifest))
+    _write_file(store, LOG, log)
+    content = record(summary)
+    store.write(RECORD, [content], len(content), last=True)
+    if commit:
+        _write_file(store, MANIFEST, manifest)
+    meter.tick(last=True)
+    return summary
+
+
+def _count(output: Path) -> int:
+    """How many files there are, all of which can be carried."""
+    return sum(1 for _ in checked(Entry(found.name, found.bytes) for found in walk(output)))
+
+
+def _carriable(output: Path, skipped: Callable[[str], None]) -> Iterator[Found]:
+    for found in walk(output, skipped):
+        try:
+            check_name(found.name)
+        except UnsafeName as error:
+            skipped(str(error))
+        else:
+            yield found
+
+
+def _counted(entries: Iterable[Entry], meter: Meter) -> Iterator[Entry]:
+    for entry in entries:
+        meter.file_done()
+        yield entry
+
+
+def _left_over(store: Files, manifest: Path) -> Iterator[str]:
+    """What an earlier attempt published and this one did not."""
+    try:
+        for mine, theirs in paired(store.list(DATA), read_manifest(manifest)):
+            if mine is not None and theirs is None:
+                yield DATA + mine.path
+    except Missing:
+        return
+
+
+def _write_file(store: Files, name: str, path: Path) -> None:
+    with opened(path.parent, path.name) as descriptor:
+        size = os.fstat(descriptor).st_size
+        store.write(name, chunks_of(descriptor, str(path)), size, last=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _PublishOne:
+    """Publishes single files; called by many threads."""
+
+    store: Files
+    output: Path
+    meter: Meter
+
+    def __call__(self, found: Found) -> Entry:
+        """Read the file once, for its hash and on its way."""
+        name, reading = DATA + found.name, Reading(self.meter)
+        with opened(self.output, found.real) as descriptor:
+            chunks = reading.through(chunks_of(descriptor, str(self.output / found.name)))
+            if isinstance(self.store, Folder) and self.store.link(name, descriptor):
+                for _ in chunks:
+                    pass
+            else:
+                self.store.write(name, chunks, found.bytes)
+        return reading.entry(found.name)

@@ -1,0 +1,223 @@
+"""Brings a dataset to this machine, verified: in place when it is here already, else fetched and resumed."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .dataset import DATA, Published, Reading, hashed, listed, paired, published, read_manifest, require_folder, write_manifest
+from .errors import ChecksumMismatch, DatasetError, StoreFull
+from .folder import Folder, walk
+from .job import human_bytes
+from .journal import Journal
+from .manifest import Entry, Summary, checked
+from .transfer import Files, Location, Meter, Progress, checkpoint, files, in_order, translated
+from .verdicts import Missing
+
+DOWNLOAD = ".oasis-flows-download"
+
+
+def stage(location: Location, workspace: Path, *, progress: Progress | None = None) -> tuple[Path, Summary]:
+    """Bring a dataset to this machine; return the folder that holds exactly its files, and what they add up to.
+
+    A local dataset is not copied: the folder is its own, every file has been read and hashed. Any other is fetched into
+    `workspace/input`, many files at a time, hashed as they move. A published dataset's files are compared with its
+    manifest, other objects with their MD5 where the store tells it. The complete manifest is written last, to
+    `workspace/input.jsonl`. When a call failed, the next one fetches only what is missing or has changed since.
+
+    Raises:
+        DatasetNotFound: there is nothing, or a run that never finished.
+        DatasetError: it holds no files; or others than its manifest says.
+        UnsafeName: a name, a link or a special file that cannot be carried.
+        ChecksumMismatch: the bytes are not those of the manifest, also when fetched again.
+        StoreFull: this machine's disk has too little room.
+        StoreDenied, StoreUnavailable: the store refuses, or does not answer.
+    """
+    known, manifest = published(location), workspace / "input.jsonl"
+    if location.is_local:
+        root = Path((known.data if known else location).path).expanduser().absolute()
+        return root, _in_place(root, known, manifest, progress)
+    into = workspace / "input"
+    return into, _Fetch(location, known, into, workspace / "fetch", progress).run(manifest)
+
+
+def fetch_to(location: Location, directory: Path, *, progress: Progress | None = None) -> Summary:
+    """Copy a dataset's files into a folder of the user's, verified as by `stage`.
+
+    The folder must be empty, or hold what an earlier call left unfinished, which is then resumed.
+
+    Raises:
+        DatasetError: the folder is not empty; and as `stage` does.
+    """
+    work = directory / DOWNLOAD
+    with translated(str(directory), writing=True):
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()) and not work.exists():
+            raise DatasetError(f"The folder {directory} is not empty. Give a new or an empty one.")
+        work.mkdir(exist_ok=True)
+    known = published(location)
+    summary = _Fetch(location, known, directory, work, progress).run(work / "manifest.jsonl")
+    shutil.rmtree(work)
+    return summary
+
+
+def _in_place(root: Path, known: Published | None, manifest: Path, progress: Progress | None) -> Summary:
+    meter = Meter(progress)
+    if known is None:
+        require_folder(root)
+    entries = checked(hashed(root, meter)) if root.exists() else iter(())
+    if known is not None:
+        entries = _compared(entries, known.entries(), root)
+    summary = write_manifest(entries, manifest)
+    meter.tick(last=True)
+    _require_files(summary, str(root))
+    return summary
+
+
+def _compared(found: Iterable[Entry], promised: Iterable[Entry], root: Path) -> Iterator[Entry]:
+    for mine, theirs in paired(found, promised):
+        if theirs is None:
+            raise DatasetError(
+                f"{root} holds {mine and mine.path!r}, which is not in the manifest. Remove it, or publish again."
+            )
+        if mine is None:
+            raise DatasetError(f"{root} lacks {theirs.path!r}, which is in the manifest. Put it back, or publish again.")
+        if (mine.bytes, mine.sha256) != (theirs.bytes, theirs.sha256):
+            raise _mismatch(str(root), theirs, mine)
+        yield mine
+
+
+def _mismatch(where: str, wanted: Entry, found: Entry) -> ChecksumMismatch:
+    return ChecksumMismatch(
+        f"{wanted.path!r} in {where} is not what was published. Wanted: {wanted.bytes} bytes, {wanted.sha256 or wanted.etag}; "
+        f"found: {found.bytes} bytes, {found.sha256}. Restore it, or publish the dataset again."
+    )
+
+
+def _require_files(summary: Summary, where: str) -> None:
+    if not summary.file_count:
+        raise DatasetError(f"The dataset at {where} holds no files. Put files there, or give another address.")
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """One dataset on its way into a folder; `work` holds what resuming needs."""
+
+    location: Location
+    known: Published | None
+    into: Path
+    work: Path
+    progress: Progress | None
+
+    def run(self, manifest: Path) -> Summary:
+        """Fetch what is missing, and write the manifest."""
+        listing, journal, parts = self.work / "listing.jsonl", Journal(self.work / "journal.jsonl"), self.work / "parts"
+        total = write_manifest(checked(self.known.entries() if self.known else listed(self.location)), listing)
+        _require_files(total, self.location.url)
+        self._prepare(listing, parts)
+        self._require_room(total.size_bytes - sum(entry.bytes for entry in journal.entries()))
+        meter = Meter(self.progress, total.file_count)
+        one = _FetchOne(files(self.location), DATA if self.known else "", self.into, parts, meter)
+        todo = self._compared_with(listing, journal)
+        with journal.appending() as note, closing(in_order(one, todo, tick=meter.tick)) as fetched:
+            summary = write_manifest(_noted(fetched, note, meter), manifest)
+        meter.tick(last=True)
+        shutil.rmtree(parts)
+        return summary
+
+    def _prepare(self, listing: Path, parts: Path) -> None:
+        """Make the folders, and remove what does not belong to the dataset (any more)."""
+        with translated(str(self.into), writing=True):
+            shutil.rmtree(parts, ignore_errors=True)
+            parts.mkdir(parents=True)
+            self.into.mkdir(parents=True, exist_ok=True)
+        here = (Entry(found.name, found.bytes) for found in walk(self.into) if not found.name.startswith(f"{DOWNLOAD}/"))
+        extra = (mine.path for mine, theirs in paired(here, read_manifest(listing)) if mine is not None and theirs is None)
+        Folder(Location(str(self.into))).delete(extra)
+
+    def _require_room(self, needed: int) -> None:
+        free = shutil.disk_usage(self.into).free
+        if needed > free:
+            raise StoreFull(
+                f"The disk of {self.into} has too little room for {self.location.url}. It needs {human_bytes(needed)} more "
+                f"and has {human_bytes(free)} free. Free some space, or put the workspace on another disk."
+            )
+
+    def _compared_with(self, listing: Path, journal: Journal) -> Iterator[tuple[Entry, Entry | None]]:
+        """Every file of the listing, with what is here of it already."""
+        for wanted, had in paired(read_manifest(listing), journal.entries()):
+            if wanted is not None:
+                yield wanted, had if had is not None and self._holds(wanted, had) else None
+
+    def _holds(self, wanted: Entry, had: Entry) -> bool:
+        version = had.sha256 == wanted.sha256 if wanted.sha256 else bool(wanted.etag) and had.etag == wanted.etag
+        try:
+            return version and had.bytes == wanted.bytes == (self.into / wanted.path).lstat().st_size
+        except OSError:
+            return False
+
+
+def _noted(fetched: Iterable[tuple[Entry, bool]], note: Callable[[Entry], None], meter: Meter) -> Iterator[Entry]:
+    for entry, is_new in fetched:
+        if is_new:
+            note(entry)
+        meter.file_done()
+        yield replace(entry, etag=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _FetchOne:
+    """Fetches single files; called by many threads."""
+
+    store: Files
+    prefix: str
+    into: Path
+    parts: Path
+    meter: Meter
+
+    def __call__(self, item: tuple[Entry, Entry | None]) -> tuple[Entry, bool]:
+        """Return the file's entry, and whether it had to be fetched."""
+        wanted, had = item
+        if had is not None:
+            return had, False
+        try:
+            return self._fetch(wanted), True
+        except Missing as error:
+            raise DatasetError(
+                f"{wanted.path!r} was listed and is gone. Run it again once nobody writes there. {error}"
+            ) from error
+
+    def _fetch(self, wanted: Entry) -> Entry:
+        first, right = self._copy(wanted)
+        if right:
+            return first
+        second, right = self._copy(wanted, accept=None if wanted.sha256 else first)
+        if not right:
+            raise _mismatch("the store", wanted, second)
+        return second
+
+    def _copy(self, wanted: Entry, accept: Entry | None = None) -> tuple[Entry, bool]:
+        """Copy the file; it takes its place if it is right: as promised, or the same as `accept`."""
+        promised_md5 = wanted.etag if wanted.sha256 is None and re.fullmatch("[0-9a-f]{32}", wanted.etag or "") else None
+        reading, part = Reading(self.meter, md5=promised_md5 is not None), self.parts / secrets.token_hex(8)
+        with translated(str(self.into / wanted.path), writing=True):
+            try:
+                with part.open("xb") as file:
+                    for chunk in reading.through(self.store.read(self.prefix + wanted.path, etag=wanted.etag)):
+                        checkpoint()
+                        file.write(chunk)
+                got = reading.entry(wanted.path, wanted.etag)
+                right = got.bytes == wanted.bytes and reading.md5 == promised_md5 and wanted.sha256 in (None, got.sha256)
+                right = right or (accept is not None and got == accept)
+                if right:
+                    (self.into / wanted.path).parent.mkdir(parents=True, exist_ok=True)
+                    checkpoint()
+                    part.replace(self.into / wanted.path)
+            finally:
+                part.unlink(missing_ok=True)
+        return got, right

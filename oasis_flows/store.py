@@ -1,0 +1,59 @@
+"""The dataset verbs: everything that the rest of the package asks of a store.
+
+`published` and `scan` look, `stage` and `fetch_to` bring here, `publish` brings there, `check_writable` tries it first,
+`read_file` reads a log or a record. All of them take a `Location` and raise this package's errors only. Each stops at
+once when an exception reaches the calling thread, and none of its threads is alive when it returns.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+from .dataset import LOG, MANIFEST, RECORD, Published, published, scan
+from .publishing import publish
+from .staging import fetch_to, stage
+from .transfer import Location, files
+
+__all__ = [
+    "LOG",
+    "MANIFEST",
+    "RECORD",
+    "Location",
+    "Published",
+    "check_writable",
+    "fetch_to",
+    "publish",
+    "published",
+    "read_file",
+    "scan",
+    "stage",
+]
+
+
+def check_writable(location: Location) -> None:
+    """Return if files can be written and deleted there: it is tried. Folders that are missing on the way are made.
+
+    Raises:
+        StoreDenied: wrong credentials, a read-only store, or no right to write.
+        DatasetError: the bucket does not exist.
+        StoreFull, StoreUnavailable: it has no room, or does not answer.
+    """
+    store, name = files(location), f".oasis-flows-write-test-{secrets.token_hex(8)}"
+    store.write(name, [b"May this be written?\n"], 21)
+    store.delete([name])
+
+
+def read_file(location: Location, name: str, *, start: int = 0, tail: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file beside the data (`LOG`, `RECORD`) from `start` on; with `tail`, only the last so many.
+
+    Raises:
+        DatasetNotFound: there is no such file.
+    """
+    store = files(location)
+    if start or tail is not None:
+        size = store.size(name)
+        start = max(start, 0 if tail is None else size - tail)
+        if start >= size:
+            return
+    yield from store.read(name, start=start)
