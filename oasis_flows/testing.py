@@ -29,6 +29,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
+from .engines import Description
 from .errors import ImageNotFound, NoGpu, OasisError
 from .job import ContainerExit, ContainerJob, ImageSource, LogSink, Reason, Stream
 
@@ -99,6 +100,14 @@ class FakeEngine:
             )
         self.jobs.append(job)
         return _Call(self._algorithm, job, log).result()
+
+    def find(self, job: ContainerJob) -> bool:  # noqa: ARG002
+        """There is never anything to come back to."""
+        return False
+
+    def describe(self) -> Description:
+        """A fake engine."""
+        return Description(name="a fake engine", gpu=f"{self._gpus} fake ones" if self._gpus else None)
 
     def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0) -> tuple[str, ...]:  # noqa: ARG002
         """Nothing is ever left behind."""

@@ -17,11 +17,21 @@ An engine keeps these promises; `tests/contract` has a test for each number and 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..job import ContainerExit, ContainerJob, ImageSource, LogSink
 
-__all__ = ["Engine"]
+__all__ = ["Description", "Engine"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """An engine in words. `gpu` is `None` where it has none to give; `not_enforced` names limits that it cannot hold."""
+
+    name: str
+    gpu: str | None
+    not_enforced: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
@@ -45,8 +55,11 @@ class Engine(Protocol):
         """
         ...
 
-    def find(self, run_id: str) -> bool:
-        """Is there a container of this run, running or ended, that `run` would re-attach to?"""
+    def find(self, job: ContainerJob) -> bool:
+        """Is there a container, running or ended, that `run(job)` would re-attach to?
+
+        What else is left of the job's run is of no use to it, and is removed.
+        """
         ...
 
     def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0) -> tuple[str, ...]:
@@ -54,5 +67,13 @@ class Engine(Protocol):
 
         With `run_id`: that run's containers, whatever their lease says. Without: those whose lease's owner is dead and
         was last seen more than `grace_seconds` ago.
+        """
+        ...
+
+    def describe(self) -> Description:
+        """What the engine is and can do.
+
+        Raises:
+            EngineUnavailable: it does not answer.
         """
         ...

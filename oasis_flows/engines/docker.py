@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import lease
 from ..errors import EngineUnavailable
-from ..job import ContainerExit, ContainerJob, ImageSource, LogSink
-from . import docker_image, docker_run
+from ..job import ContainerExit, ContainerJob, ImageSource, LogSink, human_bytes
+from . import Description, docker_image, docker_run
 from . import docker_spec as spec
 from .docker_errors import HOW_TO_GET_AN_ENGINE, translated
 
@@ -111,6 +111,21 @@ class DockerEngine:
                 return docker_run.Supervision(api, job, found, log, self._patience).run()
             finally:
                 docker_run.remove_run(api, job)
+
+    def find(self, job: ContainerJob) -> bool:
+        """Is there a container of the job to re-attach to; see `Engine.find`."""
+        with self._api(f"looking for {spec.container_name(job)}") as api:
+            return docker_run.find_container(api, job, api.info()) is not None
+
+    def describe(self) -> Description:
+        """What the engine says about itself."""
+        with self._api("asking the engine about itself") as api:
+            info = api.info()
+        return Description(
+            name=f"{info.get('Name')}: {info.get('ServerVersion')}, {info.get('NCPU')} cpus, {human_bytes(info.get('MemTotal'))}, cgroup v{info.get('CgroupVersion', 1)}",
+            gpu=spec.gpu_support(info),
+            not_enforced=spec.not_enforced(info),
+        )
 
     def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0) -> tuple[str, ...]:
         """Remove containers that nobody owns; see `Engine.reap`. A container without a lease on its label is left alone."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,6 +117,23 @@ def _device_requests(resources: Resources) -> list[dict[str, Any]]:
     return [{"Count": -1 if resources.gpus == "all" else resources.gpus, "Capabilities": [["gpu"]]}]
 
 
+def not_enforced(info: Mapping[str, Any]) -> tuple[str, ...]:
+    """The limits that the engine itself says it cannot hold a container to."""
+    limits = {"MemoryLimit": "memory", "CpuCfsQuota": "cpus", "PidsLimit": "pids"}
+    return tuple(word for key, word in limits.items() if info.get(key) is False)
+
+
+def gpu_support(info: Mapping[str, Any]) -> str | None:
+    """By what way the engine hands out GPUs, as far as it says; `None` when it has none."""
+    if "nvidia" in (info.get("Runtimes") or {}):
+        return "the nvidia runtime"
+    devices = [d for d in info.get("DiscoveredDevices") or () if "nvidia" in str(d.get("ID", "")).lower()]
+    if devices:
+        return f"{len(devices)} CDI devices"
+    # Docker also takes the hook alone, without a configured runtime; only its own machine can tell.
+    return "nvidia-container-runtime-hook" if shutil.which("nvidia-container-runtime-hook") else None
+
+
 def refuse_unenforced(info: Mapping[str, Any]) -> None:
     """Return if the engine can hold a container to its limits.
 
@@ -124,8 +142,7 @@ def refuse_unenforced(info: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedByEngine: it says itself that it cannot; the message names the limits.
     """
-    limits = {"MemoryLimit": "memory", "CpuCfsQuota": "cpus", "PidsLimit": "pids"}
-    missing = [word for key, word in limits.items() if info.get(key) is False]
+    missing = not_enforced(info)
     if missing:
         raise UnsupportedByEngine(
             f"The engine cannot limit {' and '.join(missing)}. Its kernel lacks the cgroup controllers, or it runs rootless "

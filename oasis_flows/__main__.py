@@ -1,0 +1,132 @@
+"""The command line: `oasis-flows`. This module knows words and exit codes; `console` does the work.
+
+Only the standard library is imported before a command is chosen, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+SUCCESS, ALGORITHM_FAILED, WRONG_DESCRIPTION, INFRASTRUCTURE_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+
+_EPILOG = """\
+exit codes:
+  0  success
+  1  the algorithm itself failed: read its log
+  2  something is wrong as written: correct it
+  3  the machine, the store, the engine or Prefect failed: mend it, or try again
+
+A first run:
+  oasis-flows doctor                                 what is missing on this machine, and how to get it
+  oasis-flows apply blocks                           save the documents of the catalogue
+  oasis-flows dataset add photos /data/photos        describe a folder of files
+  oasis-flows run detect-ships photos --follow       run an algorithm on it
+  oasis-flows dataset ls detect-ships-output-1a2b3c4d
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    options = _parser().parse_args(arguments)
+    if getattr(options, "follow", False) is False:
+        # Without --follow a terminal shows results; Prefect's own lines only where something is wrong.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR" if options.command == "run" else "WARNING")
+    from . import console
+    from .errors import OasisError
+
+    try:
+        return int(getattr(console, options.action)(options))
+    except OasisError as error:
+        print(f"oasis-flows: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("oasis-flows: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as with `| head`: nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SUCCESS
+    except Exception as error:  # noqa: BLE001  # the border: whatever it was, people get a sentence and a code
+        if os.environ.get("OASIS_FLOWS_TRACEBACK"):
+            raise
+        print(f"oasis-flows: {console.translated(error)}", file=sys.stderr)
+        return INFRASTRUCTURE_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oasis-flows",
+        description="Run container images on datasets, with Prefect.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    apply = commands.add_parser("apply", help="save the documents of a catalogue on the Prefect server")
+    apply.add_argument("folder", nargs="?", default="blocks", metavar="DIR", help="the catalogue (default: blocks)")
+    apply.set_defaults(action="apply")
+
+    check = commands.add_parser("check", help="check a catalogue without any server")
+    check.add_argument("folder", nargs="?", default="blocks", metavar="DIR", help="the catalogue (default: blocks)")
+    check.set_defaults(action="check")
+
+    run = commands.add_parser("run", help="run an algorithm on a dataset, here and now")
+    run.add_argument("algorithm", metavar="ALGORITHM", help="name of an Algorithm document")
+    run.add_argument("dataset", metavar="DATASET", help="name of a Dataset document")
+    run.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the algorithm; repeatable")
+    run.add_argument("--output-name", metavar="NAME", help="name of the output's Dataset document (default: a new one)")
+    run.add_argument("--store", metavar="NAME", help="DatasetStore document to publish to (default: the one named default, or this machine)")
+    run.add_argument("--follow", action="store_true", help="show the log while it happens")
+    run.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+    run.set_defaults(action="run")
+
+    _dataset_parser(commands.add_parser("dataset", help="describe, list and copy datasets"))
+
+    log = commands.add_parser("log", help="show the log of a run")
+    log.add_argument("run", metavar="RUN", help="id or name of the flow run")
+    part = log.add_mutually_exclusive_group()
+    part.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
+    part.add_argument("--head", type=_count, metavar="N", help="the first N lines only")
+    part.add_argument("--tail", type=_count, metavar="N", help="the last N lines only")
+    log.set_defaults(action="log")
+
+    reap = commands.add_parser("reap", help="remove containers and workspaces that dead runs left on this machine")
+    reap.add_argument("--now", action="store_true", help="do not wait for a retry to come back for a container (60 s)")
+    reap.add_argument("--json", action="store_true", help="print what was removed as one line of JSON")
+    reap.set_defaults(action="reap")
+
+    doctor = commands.add_parser("doctor", help="say what is missing on this machine, and how to get it")
+    doctor.add_argument("--json", action="store_true", help="print one line of JSON for each check")
+    doctor.set_defaults(action="doctor")
+    return parser
+
+
+def _dataset_parser(dataset: argparse.ArgumentParser) -> None:
+    verbs = dataset.add_subparsers(dest="verb", required=True, metavar="VERB")
+    add = verbs.add_parser("add", help="describe a folder as a dataset")
+    add.add_argument("name", metavar="NAME", help="name of the Dataset document")
+    add.add_argument("url", metavar="PATH_OR_URL", help="the folder: a path, or a URL such as s3://bucket/folder")
+    add.add_argument("--store", metavar="NAME", help="DatasetStore document whose credentials open it")
+    add.add_argument("--json", action="store_true", help="print the document as one line of JSON")
+    add.set_defaults(action="dataset_add")
+    ls = verbs.add_parser("ls", help="list a dataset's files")
+    ls.add_argument("name", metavar="NAME", help="name of the Dataset document")
+    ls.add_argument("--json", action="store_true", help="print one line of JSON for each file, as in its manifest")
+    ls.set_defaults(action="dataset_ls")
+    get = verbs.add_parser("get", help="copy a dataset into a folder, checked")
+    get.add_argument("name", metavar="NAME", help="name of the Dataset document")
+    get.add_argument("folder", metavar="DIR", help="a new or empty folder")
+    get.set_defaults(action="dataset_get")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of lines")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""What each command of `oasis-flows` does. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+from prefect.states import State
+
+from . import catalogue, documents, reaper, settings, store as stores
+from .blocks import Algorithm, Dataset, DatasetStore
+from .command import from_text
+from .doctor import examine
+from .errors import DescriptionError, OasisError
+from .flows.algorithm_task import algorithm_task
+from .job import human_bytes
+from .log import last_lines
+from .manifest import Entry, Tally, to_line
+from .plan import location
+from .running import follow, open_log
+
+Options = argparse.Namespace
+
+
+def apply(options: Options) -> int:
+    for key, outcome in catalogue.apply(catalogue.read(Path(options.folder))):
+        print(f"{outcome:9} {key}")
+    return 0
+
+
+def check(options: Options) -> int:
+    found = catalogue.read(Path(options.folder))
+    print(f"{len(found)} documents, nothing to correct.")
+    return 0
+
+
+def run(options: Options) -> int:
+    algorithm = documents.load(Algorithm, options.algorithm)
+    documents.load(Dataset, options.dataset)
+    if options.store:
+        documents.load(DatasetStore, options.store)
+    given = from_text(algorithm.parameters, _pairs(options.parameter))
+    state = cast(
+        State[Any],
+        algorithm_task(
+            options.algorithm,  # type: ignore[arg-type]  # the flow takes names of documents, too
+            options.dataset,
+            output_name=options.output_name,
+            store=options.store,
+            parameters=given or None,
+            return_state=True,
+        ),
+    )
+    result = state.result(raise_on_failure=False)
+    _print_run(state, result, as_json=options.json)
+    if isinstance(result, Dataset):
+        return 0
+    return result.exit_code if isinstance(result, OasisError) else 3
+
+
+def dataset_add(options: Options) -> int:
+    store = documents.load(DatasetStore, options.store) if options.store else None
+    url = options.url if "://" in options.url else str(Path(options.url).expanduser().absolute())
+    dataset = Dataset(url=url, store=store)
+    tally = Tally()
+    with _Bar("found") as bar:
+        for entry in stores.scan(location(dataset), hash="://" not in url):
+            tally.add(entry)
+            bar.show(tally.file_count, None, tally.size_bytes)
+    found = tally.summary()
+    if not found.file_count:
+        raise DescriptionError(f"The folder {url} holds no files. Put the files there first, or correct the path.")
+    dataset = Dataset(url=url, store=store, file_count=found.file_count, size_bytes=found.size_bytes, manifest_digest=found.digest)
+    dataset.save(options.name, overwrite=True)
+    if options.json:
+        print(json.dumps({"name": options.name, "url": url, "file_count": found.file_count, "size_bytes": found.size_bytes}))
+    else:
+        print(f"dataset/{options.name}: {found.file_count} files, {human_bytes(found.size_bytes)} in {url}")
+    return 0
+
+
+def dataset_ls(options: Options) -> int:
+    for entry in stores.scan(location(documents.load(Dataset, options.name)), hash=False):
+        print(to_line(entry).decode().rstrip("\n") if options.json else f"{human_bytes(entry.bytes):>12}  {_printable(entry)}")
+    return 0
+
+
+def dataset_get(options: Options) -> int:
+    dataset = documents.load(Dataset, options.name)
+    with _Bar("copied") as bar:
+        found = stores.fetch_to(location(dataset), Path(options.folder), progress=bar.show)
+    print(f"{found.file_count} files, {human_bytes(found.size_bytes)} in {options.folder}")
+    return 0
+
+
+def log(options: Options) -> int:
+    source = open_log(options.run, settings.current())
+    chunks: Iterable[bytes]
+    if options.follow:
+        chunks = follow(source)
+    elif options.tail is not None:
+        chunks = source.tail(options.tail)
+    else:
+        chunks = source.read()
+    left = options.head
+    for chunk in chunks:
+        if left is not None:
+            lines = chunk.splitlines(keepends=True)[:left]
+            left -= sum(line.endswith(b"\n") for line in lines)
+            chunk = b"".join(lines)
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+        if left == 0:
+            break
+    return 0
+
+
+def reap(options: Options) -> int:
+    containers, workspaces = reaper.reap(settings.current(), 0.0 if options.now else reaper.GRACE_SECONDS)
+    if options.json:
+        print(json.dumps({"containers": containers, "workspaces": workspaces}))
+    else:
+        for run_id in containers:
+            print(f"removed the container of run {run_id}")
+        for run_id in workspaces:
+            print(f"removed the workspace of run {run_id}")
+        print(f"{len(containers)} containers and {len(workspaces)} workspaces removed.")
+    return 0
+
+
+def doctor(options: Options) -> int:
+    healthy = True
+    for finding in examine(settings.current()):
+        healthy &= finding.status != "missing"
+        if options.json:
+            print(json.dumps({"check": finding.check, "status": finding.status, "found": finding.found, "remedy": finding.remedy}))
+        else:
+            print(f"{finding.status:8} {finding.check:10} {finding.found}")
+            if finding.remedy:
+                print(f"{'':19} → {finding.remedy}")
+    return 0 if healthy else 3
+
+
+def translated(error: Exception) -> str:
+    """A sentence for an exception that is not ours."""
+    text = " ".join(str(error).split())
+    if type(error).__module__.startswith("pydantic"):
+        return f"{'; '.join(catalogue.problems_of(cast(Any, error)))}."
+    if type(error).__module__.startswith(("httpx", "httpcore")):
+        return f"the Prefect server does not answer ({type(error).__name__}: {text}). Check PREFECT_API_URL, or start one: prefect server start."
+    return f"{type(error).__name__}: {text}. Set OASIS_FLOWS_TRACEBACK=1 to see where."
+
+
+def _pairs(written: list[str]) -> dict[str, str]:
+    pairs = dict(pair.partition("=")[::2] for pair in written if "=" in pair)
+    if bad := [pair for pair in written if "=" not in pair]:
+        raise DescriptionError(f"The parameter {bad[0]!r} has no value. Write --parameter NAME=VALUE.")
+    return pairs
+
+
+def _print_run(state: State[Any], result: object, *, as_json: bool) -> None:
+    run_id = str(state.state_details.flow_run_id)
+    source = open_log(run_id, settings.current())
+    tail = b"".join(source.tail(10)).decode(errors="replace").splitlines()
+    facts = {
+        "flow_run_id": run_id,
+        "state": state.name,
+        "status": "Succeeded" if state.is_completed() else "Failed",
+        "message": state.message if not state.is_completed() else None,
+        "dataset": result._block_document_name if isinstance(result, Dataset) else None,
+        "url": source.url,
+        "ui_url": source.ui_url,
+        "log_tail": tail,
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    print(f"{facts['status']} ({facts['state']}): run {run_id}")
+    if isinstance(result, Exception):
+        print(f"oasis-flows: {result}", file=sys.stderr)
+    if facts["dataset"]:
+        print(f"dataset/{facts['dataset']}: {cast(Dataset, result).file_count} files, {human_bytes(cast(Dataset, result).size_bytes)}")
+    print(f"in {source.url}" if source.url else "nothing was published")
+
+
+def _printable(entry: Entry) -> str:
+    return entry.path if entry.path.isprintable() else repr(entry.path)
+
+
+class _Bar:
+    """How far a long transfer is, on stderr, where that is a terminal."""
+
+    def __init__(self, verb: str) -> None:
+        self._verb = verb
+        self._on = sys.stderr.isatty()
+        self._last = 0.0
+        self._began = time.monotonic()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._on and self._last:
+            print("\r\x1b[K", end="", file=sys.stderr)
+
+    def show(self, files: int, total: int | None, size: int) -> None:
+        now = time.monotonic()
+        if not self._on or now - self._last < 0.2:
+            return
+        self._last = now
+        rate = human_bytes(int(size / max(now - self._began, 0.001)))
+        drawn = f"[{'#' * (20 * files // total):20}] " if total else ""
+        print(f"\r\x1b[K{drawn}{files}{f'/{total}' if total else ''} files {self._verb}, {human_bytes(size)}, {rate}/s", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,230 @@
+"""What one run is going to do, decided and checked before anything starts.
+
+`plan_run` refuses whatever can be known to be wrong without touching the data: names, parameters, secrets that do not
+exist, a store that cannot be written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prefect.blocks.system import Secret
+
+from . import command as commands, documents
+from . import store as stores
+from .blocks import Algorithm, Dataset, DatasetStore, DockerImage
+from .command import Scalar
+from .errors import DescriptionError, NoGpu
+from .job import ContainerJob, ImageSource, Mount, RegistryLogin, Resources, Sandbox, parse_bytes
+from .machine import open_engine
+from .settings import Settings
+from .transfer import Location
+from .workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One run: what goes in, what runs, and where what comes out is published.
+
+    `document_name` is what the output's Dataset document will be called. `argv` holds entrypoint and command with their
+    parameters filled in; `None` leaves the image's own.
+    """
+
+    run_id: str
+    attempt: int
+    algorithm: Algorithm
+    algorithm_name: str
+    dataset: Dataset
+    dataset_name: str
+    store: DatasetStore | None
+    output_name: str
+    document_name: str
+    source: Location
+    output: Location
+    parameters: Mapping[str, Scalar]
+    entrypoint: tuple[str, ...] | None
+    command: tuple[str, ...] | None
+    environment: Mapping[str, str]
+    secrets: Mapping[str, str] = field(repr=False)
+
+    @property
+    def image(self) -> ImageSource:
+        """Where the image comes from, with the login it needs."""
+        return image_source(self.algorithm.docker_image)
+
+
+def plan_run(
+    algorithm: Algorithm,
+    dataset: Dataset,
+    *,
+    output_name: str | None,
+    store: DatasetStore | None,
+    parameters: Mapping[str, object] | None,
+    settings: Settings,
+    run_id: str,
+    attempt: int,
+) -> Plan:
+    """Decide everything about a run.
+
+    Raises:
+        DescriptionError: something is wrong as written.
+        DatasetError: the store cannot be written.
+    """
+    if algorithm.prerequisites:
+        raise DescriptionError("This version runs no prerequisites. Empty `prerequisites`, and put what it needs into the image.")
+    values = commands.bind(algorithm.parameters, parameters or {})
+    name = algorithm._block_document_name or "algorithm"
+    folder = _checked_name(output_name or f"{name}-output")
+    root = store.url if store else str(settings.datasets)
+    output = Location(f"{root}/{folder}/{run_id}", options_of(store))
+    document = output_name or f"{folder}-{run_id[:8]}"
+    _check_not_taken(document, f"{root}/{folder}/")
+    stores.check_writable(output)
+    if algorithm.gpu and open_engine(settings).describe().gpu is None:
+        raise NoGpu(
+            f"The algorithm {name} needs a GPU and the engine of this machine has none to give. Run it on a work pool with GPUs; or install "
+            "NVIDIA's driver and the NVIDIA Container Toolkit here (nvidia-ctk runtime configure), or set gpu: false."
+        )
+    entrypoint, command = _argv(algorithm, values)
+    return Plan(
+        run_id=run_id,
+        attempt=attempt,
+        algorithm=algorithm,
+        algorithm_name=name,
+        dataset=dataset,
+        dataset_name=dataset._block_document_name or dataset.url,
+        store=store,
+        output_name=folder,
+        document_name=document,
+        source=location(dataset),
+        output=output,
+        parameters=values,
+        entrypoint=entrypoint,
+        command=command,
+        environment={name: commands.render_text(text, values) for name, text in algorithm.environment.items()},
+        secrets={variable: _secret(variable, block) for variable, block in algorithm.secret_environment.items()},
+    )
+
+
+def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder: Path, settings: Settings) -> ContainerJob:
+    """The container that carries the plan out, on this machine."""
+    algorithm = plan.algorithm
+    folder = algorithm.working_dir
+    gpus = algorithm.gpu_count if algorithm.gpu else 0
+    return ContainerJob(
+        run_id=plan.run_id,
+        attempt=plan.attempt,
+        lease=workspace.lease,
+        image=image,
+        entrypoint=plan.entrypoint,
+        command=plan.command,
+        environment={
+            **plan.environment,
+            **commands.variables(plan.parameters),
+            "OASIS_INPUT": f"{folder}/input",
+            "OASIS_OUTPUT": f"{folder}/output",
+            "OASIS_RUN_ID": plan.run_id,
+            "OASIS_GPU_COUNT": str(gpus),
+        },
+        secret_environment=plan.secrets,
+        mounts=(
+            Mount(source=input_folder, target=f"{folder}/input", read_only=True),
+            Mount(source=workspace.output, target=f"{folder}/output", read_only=False),
+        ),
+        working_dir=folder,
+        user=algorithm.user or f"{os.getuid()}:{os.getgid()}",
+        resources=Resources(
+            cpus=algorithm.cpus,
+            memory_bytes=parse_bytes(algorithm.memory),
+            shm_bytes=parse_bytes(algorithm.shm_size) if algorithm.shm_size else None,
+            tmp_bytes=parse_bytes(algorithm.tmp_size) if algorithm.tmp_size else None,
+            pids=algorithm.pids_limit,
+            gpus=gpus,
+        ),
+        sandbox=Sandbox(
+            network=algorithm.network,
+            writable_root=algorithm.writable_root,
+            new_privileges=algorithm.new_privileges,
+            capabilities=tuple(algorithm.capabilities),
+        ),
+        timeout_seconds=algorithm.timeout_seconds,
+        stop_grace_seconds=settings.stop_grace_seconds,
+    )
+
+
+def image_source(image: DockerImage) -> ImageSource:
+    """The image that a document means."""
+    login = None
+    if image.registry_credentials is not None:
+        found = image.registry_credentials
+        _check_secret(found.password.get_secret_value(), "registry_credentials")
+        login = RegistryLogin(registry=found.registry_url, username=found.username, password=found.password.get_secret_value())
+    return ImageSource(image_id=image.image_id, image_file=image.image_file, login=login)
+
+
+def location(dataset: Dataset) -> Location:
+    """Where a dataset's files are, with what opens the place."""
+    return Location(dataset.url, options_of(dataset.store))
+
+
+def options_of(store: DatasetStore | None) -> dict[str, str]:
+    if store is None:
+        return {}
+    secret = store.secret_access_key.get_secret_value() if store.secret_access_key else None
+    if secret:
+        _check_secret(secret, "store")
+    values = {
+        "endpoint_url": store.endpoint_url,
+        "access_key_id": store.access_key_id,
+        "secret_access_key": secret,
+        "region": store.region,
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def _check_secret(value: str, parameter: str) -> None:
+    # Prefect writes asterisks for secrets when a block object, not a reference, travels in a flow run's parameters.
+    if value and not value.strip("*"):
+        raise DescriptionError(
+            f"The secret in `{parameter}` arrived as asterisks, because a block object was passed through a deployment. "
+            'Pass a reference instead: {"$ref": {"block_document_slug": "TYPE/NAME"}}.'
+        )
+
+
+def _checked_name(name: str) -> str:
+    if re.fullmatch(r"[a-z0-9]+(-+[a-z0-9]+)*", name) and len(name) <= 200:
+        return name
+    suggestion = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:200] or "result"
+    raise DescriptionError(
+        f"Prefect cannot store a document named {name!r}. Use lower-case letters, digits and single dashes, such as {suggestion!r}."
+    )
+
+
+def _check_not_taken(document: str, folder: str) -> None:
+    """An output's document may replace an older output of the same name, never something else."""
+    found = documents.find(Dataset, document)
+    if found is not None and not found.url.startswith(folder):
+        raise DescriptionError(
+            f"There is already a dataset {document!r}, and it is not an output of this name: {found.url}. Choose another `output_name`."
+        )
+
+
+def _argv(algorithm: Algorithm, values: Mapping[str, Scalar]) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Entrypoint and command, filled in together: a shell in the one may get its script from the other."""
+    entrypoint = commands.as_argv(algorithm.entrypoint, "entrypoint") or ()
+    command = commands.as_argv(algorithm.command, "command") or ()
+    argv = commands.render((*entrypoint, *command), values)
+    return argv[: len(entrypoint)] or None, argv[len(entrypoint) :] or None
+
+
+def _secret(variable: str, block: str) -> str:
+    found = documents.find(Secret, block)
+    if found is None:
+        raise DescriptionError(
+            f"There is no Secret block {block!r}, which `secret_environment` names for {variable}. Make it in the Prefect UI."
+        )
+    return str(found.get())

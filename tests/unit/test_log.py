@@ -1,0 +1,107 @@
+"""The log of a container: exact in the file, readable in the view, silent about secrets."""
+
+import time
+import tracemalloc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oasis_flows import log
+
+
+def written(tmp_path, chunks, secrets=()):
+    """What the file and the view hold after these (stream, bytes) chunks."""
+    blocks = []
+    with log.record(tmp_path / "log.txt", blocks.append, secrets) as sink:
+        for stream, data in chunks:
+            sink(stream, data)
+    return (tmp_path / "log.txt").read_bytes(), blocks
+
+
+@pytest.mark.parametrize("data", [b"HI\n", b"no end", b"\xff\xfe\0\n", "é".encode()[:1], b"", b"\n\n", b"x" * 5_000_000])
+def test_the_file_has_every_byte(tmp_path, data):
+    assert written(tmp_path, [("stdout", data)])[0] == data
+
+
+def test_a_character_cut_by_chunks_is_whole_in_the_view(tmp_path):
+    first, second = "é\n".encode()[:1], "é\n".encode()[1:]
+
+    assert written(tmp_path, [("stdout", first), ("stdout", second)])[1] == ["é"]
+
+
+def test_the_view_tells_stderr_apart_and_keeps_the_order(tmp_path):
+    _, blocks = written(tmp_path, [("stdout", b"one\n"), ("stderr", b"two\n"), ("stdout", b"three\n")])
+
+    assert "\n".join(blocks) == "one\nstderr | two\nthree"
+
+
+def test_the_view_has_at_most_about_one_block_a_second(tmp_path):
+    blocks = []
+    with log.record(tmp_path / "log.txt", blocks.append) as sink:
+        began = time.monotonic()
+        while time.monotonic() - began < 2.5:
+            sink("stdout", b"line\n" * 100)
+            time.sleep(0.001)
+
+    assert 2 <= len(blocks) <= 5
+
+
+def test_a_flood_is_cut_in_the_view_and_says_so(tmp_path):
+    data = b"".join(b"line %d\n" % n for n in range(200_000))
+    content, blocks = written(tmp_path, [("stdout", data[at : at + 65536]) for at in range(0, len(data), 65536)])
+
+    assert content == data
+    assert all(len(block) <= log.BLOCK_CHARACTERS + 200 for block in blocks)
+    assert "left out here; log.txt has every byte" in "\n".join(blocks)
+    assert blocks[-1].endswith("line 199999")
+
+
+def test_a_quiet_container_s_last_line_is_shown_while_it_still_runs(tmp_path):
+    blocks = []
+    with log.record(tmp_path / "log.txt", blocks.append) as sink:
+        sink("stdout", b"first\n")
+        sink("stdout", b"second\n")
+        time.sleep(2.3)
+
+        assert "\n".join(blocks) == "first\nsecond"
+
+
+def test_memory_does_not_grow_with_the_log(tmp_path):
+    tracemalloc.start()
+    with log.record(tmp_path / "log.txt", lambda block: None) as sink:
+        for _ in range(50_000):
+            sink("stdout", b"x" * 1000 + b"\n")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 16 << 20
+
+
+def test_secrets_reach_neither_file_nor_view(tmp_path):
+    content, blocks = written(tmp_path, [("stdout", b"token=hun"), ("stdout", b"ter2 and hunt"), ("stderr", b"hunter2\n")], ["hunter2"])
+
+    assert content == b"token=*** and ***\nhunt"
+    assert "hunter2" not in "".join(blocks)
+
+
+@given(st.binary(), st.lists(st.integers(0, 50)), st.sampled_from(["aXb", "aa", "aab", "é!"]))
+def test_redaction_does_not_depend_on_how_the_stream_is_cut(data, cuts, secret):
+    data = data + secret.encode() + data
+    redactor = log.Redactor([secret])
+    out, at = b"", 0
+    for cut in cuts:
+        out += redactor.feed(data[at : at + cut])
+        at += cut
+    out += redactor.feed(data[at:]) + redactor.close()
+
+    assert secret.encode() not in out
+    whole = log.Redactor([secret])
+    assert out == whole.feed(data) + whole.close()
+
+
+def test_the_last_lines_skip_blanks(tmp_path):
+    (tmp_path / "log.txt").write_bytes(b"one\n\n  \ntwo\nthree \n")
+
+    assert log.last_lines(tmp_path / "log.txt", 2) == ["two", "three"]
+    assert log.last_lines(tmp_path / "none.txt", 2) == []
