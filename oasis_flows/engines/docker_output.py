@@ -111,9 +111,10 @@ class Pump(threading.Thread):
                 ended, seconds = self._ended_within(1.0)
                 if ended and whole and seconds < 0.25:
                     return
-                # Not attached at all, or the stream ended well before the container did: it was cut.
-                whole = self._read_back()
-                if ended and whole:
+                # Not attached at all, or the stream ended well before the container did: it was cut. A log that is
+                # followed may end before the container's last words are in it; one of an ended container has them.
+                whole = False
+                if self._read_back(follow=not ended) and ended:
                     return
             except EngineUnavailable as error:
                 whole = False
@@ -132,13 +133,13 @@ class Pump(threading.Thread):
             for stream, payload in split.feed(data):
                 self._delivery.deliver(stream, payload)
 
-    def _read_back(self) -> bool:
-        """Follow the engine's own log from its beginning, delivering what is missing; False if it broke off."""
+    def _read_back(self, *, follow: bool) -> bool:
+        """Take the engine's own log from its beginning, delivering what is missing; False if it broke off."""
         import requests
         import urllib3
 
         url = f"{self._api.base_url}/v{self._api.api_version}/containers/{self._id}/logs"
-        wanted = {"stdout": 1, "stderr": 1, "follow": 1}
+        wanted = {"stdout": 1, "stderr": 1, "follow": int(follow)}
         with translated("reading the log of a container"):
             response = self._api.get(url, params=wanted, stream=True, timeout=None)
         if response.status_code == 404:

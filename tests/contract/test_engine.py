@@ -102,7 +102,11 @@ class TestPromises:
 
     def test_2_live(self, start: Callable[..., ContainerExit]) -> None:
         moments: list[float] = []
-        start(SLEEP, lambda stream, data: moments.append(time.monotonic()), timeout_seconds=1, stop_grace_seconds=0.2)
+
+        def note(stream: Stream, data: bytes) -> None:
+            moments.append(time.monotonic())
+
+        start(SLEEP, note, timeout_seconds=1, stop_grace_seconds=0.2)
         assert moments[0] < time.monotonic() - 0.5
 
     def test_3_an_exception_of_the_sink_ends_it_and_is_raised(self, start: Callable[..., ContainerExit]) -> None:

@@ -73,6 +73,10 @@ class PrivateEngine:
     def start(self) -> None:
         """Start it, and return when it answers."""
         (self.folder / "docker.pid").unlink(missing_ok=True)
+        # dockerd believes its containerd alive as long as the process of this number is there, be it a zombie's.
+        number = self.folder / "run/containerd/containerd.pid"
+        if number.exists() and not alive(int(number.read_text())):
+            number.unlink()
         where = ["--host", self.host, "--pidfile", f"{self.folder}/docker.pid", "--data-root", f"{self.folder}/data"]
         alone = ["--exec-root", f"{self.folder}/run", "--bridge", "none", "--iptables=false", "--ip6tables=false"]
         with (self.folder / "log").open("ab") as log:
@@ -95,6 +99,11 @@ class PrivateEngine:
         assert self.process is not None
         self.process.send_signal(number)
         self.process.wait(40)
+
+    def load(self, archive: Path) -> None:
+        """Load an image with its tags."""
+        with contextlib.closing(self.connect()) as client, archive.open("rb") as file:
+            list(client.api.load_image(file))
 
 
 @contextlib.contextmanager
