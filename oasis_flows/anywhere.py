@@ -40,10 +40,17 @@ class Anywhere:
 
     def read(self, name: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:  # noqa: ARG002
         """See `Files.read`; without the resuming, which is the driver's."""
-        with translated(f"{self._url}/{name}"), self._system.open(self._path(name), "rb") as file:
-            file.seek(start)
-            while chunk := file.read(CHUNK_BYTES):
-                yield chunk
+        with translated(f"{self._url}/{name}"):
+            self._require_file(self._path(name))
+            with self._system.open(self._path(name), "rb") as file:
+                file.seek(start)
+                while chunk := file.read(CHUNK_BYTES):
+                    yield chunk
+
+    def _require_file(self, path: str) -> None:
+        # Below a file, or for a folder, drivers differ in what they raise.
+        if not self._system.isfile(path):
+            raise FileNotFoundError(path)
 
     def write(self, name: str, chunks: Iterable[bytes], size: int, *, last: bool = False) -> None:  # noqa: ARG002
         """See `Files.write`."""
@@ -62,6 +69,7 @@ class Anywhere:
     def size(self, name: str) -> int:
         """See `Files.size`."""
         with translated(f"{self._url}/{name}"):
+            self._require_file(self._path(name))
             return int(self._system.info(self._path(name))["size"] or 0)
 
     def delete(self, names: Iterable[str]) -> None:

@@ -182,7 +182,8 @@ class Folder:
             path = self._room_for(name)
             try:
                 path.unlink(missing_ok=True)
-                os.link(f"/proc/self/fd/{descriptor}", path, follow_symlinks=True)
+                # Python passes `follow_symlinks` on only where a descriptor is given, too.
+                os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
             except OSError:
                 return False
             return True

@@ -13,6 +13,7 @@ import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 PART_BYTES = 5 << 20
 SINGLE_PUT_BYTES = 1 << 20
+TINY_BYTES = 64 << 10
 MOST_PARTS = 9000
 # Each holds up to three parts; together with the small files of all workers about 64 MiB.
 _large_uploads = threading.BoundedSemaphore(3)
@@ -36,7 +38,7 @@ _large_uploads = threading.BoundedSemaphore(3)
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long a silent server is waited for: `seconds` each of `attempts` times; an upload's part may take longer."""
+    """How long a silent server is waited for: `seconds` each of `attempts` times; what is uploaded in bulk may take longer."""
 
     connect_seconds: float = 5
     seconds: float = 10
@@ -64,14 +66,16 @@ class Objects:
         with translated(self._url):
             try:
                 self._client = _client(location)
-                self._reads = self._store(PATIENCE.seconds)
-                self._writes = self._store(PATIENCE.part_seconds)
+                # `read` goes on by itself, at the right offset.
+                self._reads = self._store(PATIENCE.seconds, retries=0)
+                self._tiny_writes = self._store(PATIENCE.seconds, retries=PATIENCE.attempts - 1)
+                self._writes = self._store(PATIENCE.part_seconds, retries=PATIENCE.attempts - 1)
             except ValueError as error:
                 raise DatasetError(
                     f"{self._url} cannot be opened. {error}. Correct endpoint_url and region of its store."
                 ) from error
 
-    def _store(self, seconds: float) -> S3Store:
+    def _store(self, seconds: float, retries: int) -> S3Store:
         endpoint = self._client.meta.endpoint_url
         client: ClientConfig = {
             "allow_http": endpoint.startswith("http://"),
@@ -93,8 +97,8 @@ class Objects:
             credential_provider=_Credentials(self._client),
             client_options=client,
             retry_config={
-                "max_retries": PATIENCE.attempts - 1,
-                "retry_timeout": timedelta(seconds=seconds * (PATIENCE.attempts - 1)),
+                "max_retries": retries,
+                "retry_timeout": timedelta(seconds=seconds * max(retries, 1)),
                 "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=2), "base": 2},
             },
         )
@@ -146,7 +150,8 @@ class Objects:
                 self._put_awkward(key, chunks)
             elif size <= SINGLE_PUT_BYTES:
                 body = b"".join(chunks)
-                wait(lambda: obstore.put_async(self._writes, key, body, use_multipart=False))
+                writes = self._tiny_writes if len(body) <= TINY_BYTES else self._writes
+                wait(lambda: obstore.put_async(writes, key, body, use_multipart=False))
             else:
                 with turn(_large_uploads):
                     self._put_parts(key, chunks, max(PART_BYTES, size // MOST_PARTS))
@@ -209,13 +214,22 @@ def _awkward(key: str) -> bool:
     return re.search(r"[\x00-\x1f\x7f]", key) is not None or not {"", ".", ".."}.isdisjoint(key.split("/"))
 
 
+@cache
+def _loader() -> Any:
+    """botocore's descriptions of S3: reading them takes 0.15 s, and each session would do it anew."""
+    import botocore.session  # type: ignore[import-untyped]
+
+    return botocore.session.Session().get_component("data_loader")
+
+
 def _client(location: Location) -> Any:
     """botocore's client; it also finds endpoint, region and credentials where they are not given."""
-    import botocore.session  # type: ignore[import-untyped]
+    import botocore.session
     from botocore.config import Config  # type: ignore[import-untyped]
 
     options = {key: value for key, value in location.options.items() if value}
     session = botocore.session.Session()
+    session.register_component("data_loader", _loader())
     region = options.get("region") or os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
     client = session.create_client(
         "s3",

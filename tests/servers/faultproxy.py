@@ -8,14 +8,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CHUNK = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """What is done to a connection. Offsets count the bytes that come from the server; `connections` is how many suffer."""
+    """What is done to a connection. Offsets count the bytes that come from the server; `connections` is how many suffer.
+
+    Latency is for every piece of at most 64 KiB, latency and rate are for each direction.
+    """
 
     refuse: bool = False
     black_hole: bool = False
@@ -90,7 +93,8 @@ class FaultProxy:
                 each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._sockets.add(server)
-            threading.Thread(target=self._carry, args=(client, server, Faults()), daemon=True).start()
+            upwards = replace(faults, reset_after=None, flip_bit_at=None)
+            threading.Thread(target=self._carry, args=(client, server, upwards), daemon=True).start()
             self._carry(server, client, faults)
             self._end(client, server)
         return None

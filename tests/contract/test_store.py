@@ -1,0 +1,702 @@
+"""The dataset verbs, on every kind of store: a local folder, fsspec's memory, and a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from oasis_flows import objects, publishing, store
+from oasis_flows.errors import (
+    ChecksumMismatch,
+    DatasetError,
+    DatasetNotFound,
+    StoreDenied,
+    StoreFull,
+    StoreUnavailable,
+    UnsafeName,
+)
+from oasis_flows.manifest import Entry, Summary, parse
+from oasis_flows.store import Location
+from oasis_flows.transfer import files
+from oasis_flows.verdicts import Missing
+from tests.servers.faultproxy import FaultProxy, Faults, between
+from tests.servers.s3 import S3Server
+
+NAMES = {
+    "hello.txt": b"DATA\n",
+    "empty": b"",
+    "with space/and more.bin": bytes(range(256)) * 5000,
+    "new\nline.txt": b"newline",
+    "tab\t\x01\x7f": b"control",
+    "Ünïcödé/数据.txt": "数据".encode(),
+    "e\u0301": b"NFD alone",
+    "percent%20+&?#.txt": b"percent",
+    "quote\"'\\<>|*.txt": b"quote",
+    "d/" * 60 + "deep": b"deep",
+    "foo/bar.txt": b"1",
+    "foo/bar/baz.txt": b"3",
+    "foo-bar": b"between",
+    "big": os.urandom(6 << 20) + b"x",
+}
+
+
+def write_tree(folder: Path, content: Mapping[str, bytes]) -> Path:
+    for name, data in content.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def read_tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def record(summary: Summary) -> bytes:
+    return json.dumps({"oasis_flows": 1, "manifest_digest": summary.digest}).encode()
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> str:
+    return s3.new_bucket()
+
+
+@pytest.fixture
+def s3_place(s3: S3Server, bucket: str) -> Location:
+    return Location(f"s3://{bucket}/root/a dataset", s3.options)
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
+    """A folder, in each kind of store, that does not exist yet."""
+    if request.param == "s3":
+        return request.getfixturevalue("s3_place")
+    if request.param == "memory":
+        return Location(f"memory://{secrets.token_hex(8)}/a dataset")
+    return Location(str(tmp_path / "store" / "a dataset"))
+
+
+@pytest.fixture
+def publish(tmp_path: Path) -> Callable[..., Summary]:
+    """Publish a tree, given as a mapping or a folder."""
+
+    def run(place: Location, content: Mapping[str, bytes] | Path, *, commit: bool = True, **more: object) -> Summary:
+        work = tmp_path / secrets.token_hex(4)
+        output = content if isinstance(content, Path) else write_tree(work / "output", content)
+        log = write_tree(work, {"log": b"HI\n"}) / "log"
+        return store.publish(output, place, log=log, record=record, workspace=work, commit=commit, **more)  # type: ignore[arg-type]
+
+    return run
+
+
+def put_raw(place: Location, content: Mapping[str, bytes]) -> None:
+    """Put files as a user would, with the outside world's tools."""
+    if place.is_local:
+        write_tree(Path(place.path), content)
+    elif place.scheme == "memory":
+        for name, data in content.items():
+            fsspec.filesystem("memory").pipe_file(f"{place.path}/{name}", data)
+    else:
+        for name, data in content.items():
+            files(place).write(name, [data], len(data))
+
+
+# --- publish, look, bring back
+
+
+def test_what_is_published_comes_back_byte_for_byte_under_the_same_names(
+    place: Location, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    summary = publish(place, NAMES)
+    assert (summary.file_count, summary.size_bytes) == (len(NAMES), sum(map(len, NAMES.values())))
+    folder, staged = store.stage(place, tmp_path / "workspace")
+    assert read_tree(folder) == NAMES
+    assert staged == summary
+    assert store.fetch_to(place, tmp_path / "copy") == summary
+    assert read_tree(tmp_path / "copy") == NAMES
+    listed = list(store.scan(place))
+    assert [entry.path for entry in listed] == sorted(NAMES, key=str.encode)
+    with (tmp_path / "workspace/input.jsonl").open("rb") as manifest:
+        assert list(parse(manifest)) == listed
+
+
+def test_a_published_dataset_has_log_record_and_manifest_beside_its_files(
+    place: Location, publish: Callable[..., Summary]
+) -> None:
+    summary = publish(place, {"a": b"1"})
+    known = store.published(place)
+    assert known is not None
+    assert known.record == {"oasis_flows": 1, "manifest_digest": summary.digest}
+    assert b"".join(store.read_file(place, store.LOG)) == b"HI\n"
+    assert b"".join(store.read_file(place, store.LOG, tail=2)) == b"I\n"
+    assert b"".join(store.read_file(place, store.LOG, start=1)) == b"I\n"
+    assert b"".join(store.read_file(place, store.LOG, start=3)) == b""
+    with pytest.raises(DatasetNotFound):
+        list(store.read_file(place, "none.txt"))
+
+
+def test_a_failed_runs_files_are_kept_and_are_no_dataset(
+    place: Location, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    publish(place, {"partial": b"1"}, commit=False)
+    for verb in (lambda: store.published(place), lambda: list(store.scan(place)), lambda: store.stage(place, tmp_path / "w")):
+        with pytest.raises(DatasetNotFound, match=r"failed or has not finished.*log\.txt"):
+            verb()
+    assert b"".join(store.read_file(place, "data/partial")) == b"1"
+
+
+def test_a_publish_that_breaks_half_way_is_no_dataset_and_a_retry_replaces_it(
+    place: Location, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    publish(place, {"old": b"1", "both": b"1", "folder/old": b"1"})
+
+    def fail(_: Summary) -> bytes:
+        with pytest.raises(Missing):
+            files(place).size(store.MANIFEST)
+        raise KeyboardInterrupt
+
+    output = write_tree(tmp_path / "output", {"new": b"2", "both": b"2"})
+    more = {"log": tmp_path / "output/new", "workspace": tmp_path / "w", "commit": True}
+    with pytest.raises(KeyboardInterrupt):
+        store.publish(output, place, record=fail, **more)  # type: ignore[arg-type]
+    with pytest.raises(DatasetNotFound):
+        list(store.scan(place))
+    store.publish(output, place, record=record, **more)  # type: ignore[arg-type]
+    assert [entry.path for entry in store.scan(place)] == ["both", "new"]
+    folder, _ = store.stage(place, tmp_path / "workspace")
+    assert read_tree(folder) == {"new": b"2", "both": b"2"}
+
+
+def test_an_output_of_no_files_is_a_dataset_but_no_input(
+    place: Location, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    (tmp_path / "output/empty folder").mkdir(parents=True)
+    assert publish(place, tmp_path / "output").file_count == 0
+    assert store.published(place) is not None
+    with pytest.raises(DatasetError, match="holds no files"):
+        store.stage(place, tmp_path / "workspace")
+
+
+def test_a_raw_folder_is_a_dataset_whatever_its_files_are_called(place: Location, tmp_path: Path) -> None:
+    content = {"manifest.jsonl": b"mine", "task.json": b'{"mine": 1}', "data/x": b"1", "log.txt": b""}
+    put_raw(place, content)
+    assert store.published(place) is None
+    assert [entry.path for entry in store.scan(place)] == ["data/x", "log.txt", "manifest.jsonl", "task.json"]
+    folder, summary = store.stage(place, tmp_path / "workspace")
+    assert read_tree(folder) == content
+    assert summary.digest is not None
+
+
+def test_nothing_there_is_said_so(place: Location, tmp_path: Path) -> None:
+    for verb in (lambda: list(store.scan(place)), lambda: store.stage(place, tmp_path / "w")):
+        with pytest.raises(DatasetNotFound, match="Check the address"):
+            verb()
+    assert store.published(place) is None
+
+
+def test_a_file_in_the_place_of_a_folder_is_said_so(place: Location) -> None:
+    put_raw(place, {"file.csv": b"1"})
+    with pytest.raises(DatasetError, match="give the folder that it is in"):
+        list(store.scan(place.child("file.csv")))
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(place: Location) -> None:
+    put_raw(place, {"a": b"1"})
+    store.check_writable(place)
+    assert [entry.path for entry in store.scan(place)] == ["a"]
+
+
+def test_a_damaged_file_of_a_published_dataset_is_named(
+    place: Location, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    publish(place, {"a": b"right", "b": b"right"})
+    put_raw(place, {"data/b": b"wrong"})
+    with pytest.raises(ChecksumMismatch, match="'b'"):
+        store.stage(place, tmp_path / "workspace")
+    assert not (tmp_path / "workspace/input.jsonl").exists()
+    assert "b" not in read_tree(tmp_path / "workspace")
+
+
+def test_a_missing_file_of_a_published_dataset_is_named(
+    place: Location, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    publish(place, {"a": b"right", "b": b"right"})
+    files(place).delete(["data/b"])
+    with pytest.raises(DatasetError, match="'b'"):
+        store.stage(place, tmp_path / "workspace")
+
+
+def test_a_copy_is_made_into_an_empty_folder_only(place: Location, publish: Callable[..., Summary], tmp_path: Path) -> None:
+    publish(place, {"a": b"1"})
+    write_tree(tmp_path / "full", {"mine": b"1"})
+    with pytest.raises(DatasetError, match="not empty"):
+        store.fetch_to(place, tmp_path / "full")
+    assert read_tree(tmp_path / "full") == {"mine": b"1"}
+
+
+def test_progress_ends_at_the_whole(place: Location, publish: Callable[..., Summary], tmp_path: Path) -> None:
+    told: list[tuple[int, int | None, int]] = []
+    publish(place, {"a": b"12", "b": b"3"}, progress=lambda *seen: told.append(seen))
+    assert told[-1] == (2, 2, 3)
+    store.fetch_to(place, tmp_path / "copy", progress=lambda *seen: told.append(seen))
+    assert told[-1] == (2, 2, 3)
+
+
+# --- what an output must not hold
+
+
+def a_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_socket(path: Path) -> None:
+    before = Path.cwd()
+    os.chdir(path.parent)
+    try:
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    finally:
+        os.chdir(before)
+
+
+def a_device(path: Path) -> None:
+    os.mknod(path, 0o600 | 0o020000, os.makedev(1, 3))
+
+
+def link(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
+ODD: dict[str, Callable[[Path], None]] = {
+    "fifo": a_fifo,
+    "socket": a_socket,
+    "device": a_device,
+    "link to /etc/passwd": link("/etc/passwd"),
+    "link out": link("../../secret"),
+    "link out and in again": link("../output/good"),
+    "link over a link out": link("out/secret"),
+    "link to folder": link("folder"),
+    "dangling link": link("nothing"),
+    "link to itself": link("odd"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_file_is_refused_before_anything_is_written_and_left_out_of_a_failed_run(
+    kind: str, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    output = write_tree(tmp_path / "output", {"folder/good": b"1", "good": b"2"})
+    write_tree(tmp_path, {"secret": b"SECRET"})
+    if kind == "link over a link out":
+        (output / "out").symlink_to("..")
+    ODD[kind](output / "odd")
+    place = Location(str(tmp_path / "store"))
+    with pytest.raises(UnsafeName, match=r"'o.*(remove it|Rename it)"):
+        publish(place, output)
+    assert not (tmp_path / "store/data").exists()
+    told: list[str] = []
+    assert publish(place, output, commit=False, skipped=told.append).file_count == 2
+    assert any("'odd'" in line for line in told)
+    assert read_tree(tmp_path / "store/data") == {"folder/good": b"1", "good": b"2"}
+
+
+def test_names_that_cannot_be_carried_are_refused_before_anything_is_written(
+    publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    for number, names in enumerate(([b"latin-\xe9"], ["caf\u00e9".encode(), "cafe\u0301".encode()])):
+        output = write_tree(tmp_path / f"output{number}", {"good": b"1"})
+        for name in names:
+            Path(os.fsdecode(os.fsencode(output) + b"/" + name)).write_bytes(b"1")
+        place = Location(str(tmp_path / f"store{number}"))
+        with pytest.raises(UnsafeName, match="Rename"):
+            publish(place, output)
+        assert not (tmp_path / f"store{number}/data").exists()
+        publish(place, output, commit=False)
+        assert (tmp_path / f"store{number}/data/good").exists()
+
+
+def test_a_link_to_a_file_inside_is_published_as_that_file(
+    place: Location, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    output = write_tree(tmp_path / "output", {"folder/real": b"bytes"})
+    (output / "link").symlink_to("folder/real")
+    (output / "folder/back").symlink_to("../link")
+    publish(place, output)
+    store.fetch_to(place, tmp_path / "copy")
+    assert read_tree(tmp_path / "copy") == dict.fromkeys(["folder/real", "folder/back", "link"], b"bytes")
+    assert not any(path.is_symlink() for path in (tmp_path / "copy").rglob("*"))
+
+
+@pytest.mark.parametrize("swapped", ["file", "folder"])
+def test_a_link_that_is_put_there_at_the_last_moment_is_not_followed(
+    swapped: str, publish: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tree(tmp_path / "secrets", {"a": b"SECRET"})
+    output = write_tree(tmp_path / "output", {"folder/a": b"1"})
+    really_open = publishing.opened
+
+    def swap_then_open(root: Path, name: str) -> object:
+        if name == "folder/a":
+            shutil.rmtree(output / "folder")
+            if swapped == "folder":
+                (output / "folder").symlink_to(tmp_path / "secrets")
+            else:
+                (output / "folder").mkdir()
+                (output / "folder/a").symlink_to(tmp_path / "secrets/a")
+        return really_open(root, name)
+
+    monkeypatch.setattr(publishing, "opened", swap_then_open)
+    with pytest.raises(DatasetError):
+        publish(Location(str(tmp_path / "store")), output)
+    assert b"SECRET" not in read_tree(tmp_path / "store").values()
+
+
+# --- local folders
+
+
+def test_a_local_dataset_is_staged_in_place_and_published_without_copying(
+    publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    raw = write_tree(tmp_path / "raw", {"a": b"1"})
+    folder, _ = store.stage(Location(str(raw)), tmp_path / "workspace")
+    assert folder == raw
+    publish(Location(f"file://{tmp_path}/store"), raw)
+    assert (tmp_path / "store/data/a").stat().st_ino == (raw / "a").stat().st_ino
+    folder, _ = store.stage(Location(f"file://{tmp_path}/store"), tmp_path / "workspace")
+    assert folder == tmp_path / "store/data"
+
+
+def test_a_file_that_nobody_published_is_found_in_a_local_published_dataset(
+    publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    publish(Location(str(tmp_path / "store")), {"a": b"1"})
+    (tmp_path / "store/data/extra").touch()
+    with pytest.raises(DatasetError, match="'extra', which is not in the manifest"):
+        store.stage(Location(str(tmp_path / "store")), tmp_path / "workspace")
+
+
+def test_a_local_scan_can_hash_and_refuses_links_out(tmp_path: Path) -> None:
+    raw = write_tree(tmp_path / "raw", {"a": b"1", "b/c": b""})
+    assert all(entry.sha256 for entry in store.scan(Location(str(raw)), hash=True))
+    assert not any(entry.sha256 for entry in store.scan(Location(str(raw))))
+    (raw / "b/out").symlink_to("/etc/passwd")
+    with pytest.raises(UnsafeName, match="'b/out' is a link to the absolute path"):
+        list(store.scan(Location(str(raw))))
+
+
+def test_a_hundred_thousand_local_files_are_scanned_in_little_memory(tmp_path: Path) -> None:
+    for folder in range(100):
+        (tmp_path / f"raw/{folder}").mkdir(parents=True)
+        at = os.open(tmp_path / f"raw/{folder}", os.O_DIRECTORY)
+        for number in range(1000):
+            os.close(os.open(f"file-{number:06}.dat", os.O_CREAT | os.O_WRONLY, dir_fd=at))
+        os.close(at)
+    program = (
+        "import resource, sys; from oasis_flows.store import Location, scan; peak = lambda: resource.getrusage(0).ru_maxrss\n"
+        "next(iter(scan(Location(sys.argv[1] + '/0')))); before = peak()\n"
+        "print(sum(1 for _ in scan(Location(sys.argv[1]))), peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "raw")], capture_output=True, text=True, check=True)
+    count, kib = map(int, done.stdout.split())
+    assert count == 100_000
+    assert kib < 4096
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB; to mount it needs root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_said_so_when_publishing_and_before_fetching(
+    small_disk: Path, publish: Callable[..., Summary], s3_place: Location
+) -> None:
+    content = {"big": os.urandom(5 << 20)}
+    with pytest.raises(StoreFull, match="no room left"):
+        publish(Location(str(small_disk / "store")), content)
+    publish(s3_place, content)
+    with pytest.raises(StoreFull, match=r"needs 5\.0 MiB more and has"):
+        store.stage(s3_place, small_disk / "workspace")
+
+
+def test_a_store_that_is_mounted_read_only_is_said_so(small_disk: Path, publish: Callable[..., Summary]) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(StoreDenied, match="Read-only file system"):
+        store.check_writable(Location(str(small_disk / "a/b")))
+    with pytest.raises(StoreDenied):
+        publish(Location(str(small_disk / "a/b")), {"a": b"1"})
+
+
+# --- S3
+
+
+def test_two_thousand_small_objects_come_and_go(s3_place: Location, publish: Callable[..., Summary], tmp_path: Path) -> None:
+    content = {f"{number % 10}/{number}.bin": number.to_bytes(4096, "big") for number in range(2000)}
+    publish(s3_place, content)
+    folder, summary = store.stage(s3_place, tmp_path / "workspace")
+    assert summary.file_count == 2000
+    assert read_tree(folder) == content
+
+
+@pytest.mark.parametrize("key", ["a//b", "a/../b", "../b", "./a", "/a", "a/b/"])
+def test_a_key_that_is_no_file_name_is_refused(key: str, s3_place: Location, tmp_path: Path) -> None:
+    put_raw(s3_place, {key: b"1", "good": b"1"})
+    with pytest.raises(UnsafeName, match="Rename"):
+        store.stage(s3_place, tmp_path / "workspace")
+    assert not (tmp_path / "workspace/input").exists()
+
+
+def test_a_key_that_is_a_file_and_a_folder_is_refused(s3_place: Location) -> None:
+    put_raw(s3_place, {"a": b"1", "a-b": b"1", "a/b": b"1"})
+    with pytest.raises(UnsafeName, match="'a' is a file and also the folder of 'a/b'"):
+        list(store.scan(s3_place))
+
+
+def test_folder_markers_are_no_files(s3_place: Location) -> None:
+    put_raw(s3_place, {"": b"", "folder/": b"", "folder/a": b"1", "empty": b""})
+    assert [entry.path for entry in store.scan(s3_place)] == ["empty", "folder/a"]
+
+
+def test_a_whole_bucket_can_be_a_dataset(s3: S3Server, bucket: str, tmp_path: Path) -> None:
+    place = Location(f"s3://{bucket}", s3.options)
+    put_raw(place, {"a": b"1"})
+    assert read_tree(store.stage(place, tmp_path)[0]) == {"a": b"1"}
+
+
+def test_wrong_credentials_are_said_so_without_showing_them(s3_place: Location, tmp_path: Path) -> None:
+    secret = "a-very-secret-value"
+    for wrong in ({"secret_access_key": secret}, {"access_key_id": "NOBODY"}):
+        place = Location(s3_place.url, {**s3_place.options, **wrong})
+        for verb in (lambda p: store.stage(p, tmp_path), lambda p: list(store.scan(p)), store.check_writable):
+            with pytest.raises(StoreDenied, match=r"SignatureDoesNotMatch|InvalidAccessKeyId|Forbidden|403") as caught:
+                verb(place)
+            assert secret not in str(caught.value)
+            assert s3_place.options["secret_access_key"] not in repr(caught.value.__cause__)
+
+
+def test_no_credentials_at_all_is_said_so(s3_place: Location, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(StoreDenied, match="no credentials"):
+        store.check_writable(Location(s3_place.url, {"endpoint_url": s3_place.options["endpoint_url"]}))
+
+
+def test_endpoint_and_credentials_come_from_the_environment_or_a_profile(
+    s3: S3Server, s3_place: Location, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        for name, value in s3.environment.items():
+            patch.setenv(name, value)
+        store.check_writable(Location(s3_place.url))
+    configuration = tmp_path / "config"
+    configuration.write_text(
+        f"[profile mine]\nregion = eu-west-1\nendpoint_url = {s3.endpoint}\n"
+        f"aws_access_key_id = {s3.access_key}\naws_secret_access_key = {s3.secret_key}\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(configuration))
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    store.check_writable(Location(s3_place.url))
+    # Given credentials are not mixed with a session token of the environment, nor with its endpoint.
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of somebody else")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    store.check_writable(s3_place)
+
+
+def test_a_bucket_that_does_not_exist_is_said_so_for_reading_and_for_writing(s3: S3Server, tmp_path: Path) -> None:
+    place = Location("s3://there-is-no-such-bucket/a", s3.options)
+    for verb in (lambda: store.stage(place, tmp_path), lambda: list(store.scan(place))):
+        with pytest.raises(DatasetNotFound, match=r"bucket of .* does not exist"):
+            verb()
+    with pytest.raises(DatasetError, match="Create it first"):
+        store.check_writable(place)
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///a", "nonsense://a/b", "gs://bucket/a", "s3://Bad_Bucket!/a"])
+def test_a_url_that_leads_nowhere_is_said_so(url: str, s3: S3Server) -> None:
+    with pytest.raises(DatasetError):
+        list(store.scan(Location(url, s3.options)))
+
+
+def test_staging_again_fetches_only_what_is_missing_or_changed(s3_place: Location, tmp_path: Path) -> None:
+    put_raw(s3_place, {"a": b"1", "b": b"2", "c": b"3", "gone/x": b"4"})
+    folder, _ = store.stage(s3_place, tmp_path)
+    kept = (folder / "a").stat().st_ino
+    put_raw(s3_place, {"b": b"changed", "gone": b"a file now"})
+    files(s3_place).delete(["gone/x"])
+    (folder / "c").unlink()
+    (folder / "left over").touch()
+    assert read_tree(store.stage(s3_place, tmp_path)[0]) == {"a": b"1", "b": b"changed", "c": b"3", "gone": b"a file now"}
+    assert (folder / "a").stat().st_ino == kept
+
+
+def test_an_etag_that_is_no_md5_does_not_stop_a_raw_dataset(
+    s3_place: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_raw(s3_place, {"a": b"1"})
+    really_list, really_read = objects.Objects.list, objects.Objects.read
+
+    def list_encrypted(self: objects.Objects, folder: str = "") -> Iterator[Entry]:
+        for entry in really_list(self, folder):
+            yield replace(entry, etag="0" * 32)
+
+    monkeypatch.setattr(objects.Objects, "list", list_encrypted)
+    monkeypatch.setattr(objects.Objects, "read", lambda self, name, **_: really_read(self, name))
+    assert read_tree(store.stage(s3_place, tmp_path)[0]) == {"a": b"1"}
+
+
+def test_parts_of_uploads_that_were_broken_off_are_removed(
+    s3: S3Server, s3_place: Location, publish: Callable[..., Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = s3_place.path.partition("/")[0]
+
+    def broken(chunks: Iterator[bytes]) -> Iterator[bytes]:
+        for number, chunk in enumerate(chunks):
+            if number == 7:
+                raise KeyboardInterrupt
+            yield chunk
+
+    with pytest.raises(KeyboardInterrupt):
+        files(s3_place).write("data/big", broken(iter([b"x" * (1 << 20)] * 9)), 9 << 20)
+    listing = objects._client(s3_place).list_multipart_uploads
+    assert "Uploads" in listing(Bucket=bucket)
+    publish(s3_place, {"a": b"1"})
+    assert "Uploads" not in listing(Bucket=bucket)
+
+
+# --- faults between here and there
+
+
+@pytest.fixture
+def proxy(s3: S3Server) -> Iterator[FaultProxy]:
+    with between(int(s3.endpoint.rpartition(":")[2])) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def faulty(s3_place: Location, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Location:
+    """The same place as `s3_place`, through the proxy, with less patience than in earnest."""
+    monkeypatch.setattr(objects, "PATIENCE", objects.Patience(connect_seconds=1, seconds=0.5, part_seconds=0.5, attempts=2))
+    return Location(s3_place.url, {**s3_place.options, "endpoint_url": f"http://127.0.0.1:{proxy.port}"})
+
+
+def test_a_connection_that_breaks_inside_a_file_is_resumed_where_it_broke(
+    s3_place: Location, faulty: Location, proxy: FaultProxy, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    content = {"big": os.urandom(9 << 20)}
+    publish(s3_place, content)
+    proxy.set(Faults(reset_after=3_500_000))
+    folder, _ = store.stage(faulty, tmp_path / "workspace")
+    assert read_tree(folder) == content
+    assert proxy.faulted >= 3
+
+
+def test_a_flipped_bit_is_detected_and_the_file_fetched_again(
+    s3_place: Location, faulty: Location, proxy: FaultProxy, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    content = {"big": os.urandom(3 << 20)}
+    publish(s3_place, content)
+    put_raw(s3_place.child("raw"), content)
+    for number, place in enumerate((faulty, faulty.child("raw"))):
+        proxy.set(Faults(flip_bit_at=1_000_000, connections=4))
+        before = proxy.faulted
+        folder, _ = store.stage(place, tmp_path / str(number))
+        assert read_tree(folder) == content
+        assert proxy.faulted > before
+
+
+def test_bits_that_flip_every_time_are_a_checksum_mismatch(
+    s3_place: Location, faulty: Location, proxy: FaultProxy, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    # Every connection is damaged early, and both fetches of the large file need their own: the small ones come first.
+    publish(s3_place, {"big": os.urandom(3 << 20), **{f"z{number}": b"1" for number in range(3)}})
+    proxy.set(Faults(flip_bit_at=1_000_000, reset_after=1_500_000))
+    with pytest.raises(ChecksumMismatch, match="'big'"):
+        store.stage(faulty, tmp_path / "workspace")
+
+
+def test_a_server_that_is_down_for_a_moment_is_tried_again(
+    faulty: Location, proxy: FaultProxy, publish: Callable[..., Summary]
+) -> None:
+    proxy.set(Faults(refuse=True, connections=1))
+    publish(faulty, {"a": b"1"})
+    assert proxy.faulted == 1
+
+
+@pytest.mark.parametrize("fault", [Faults(black_hole=True), Faults(refuse=True)])
+def test_a_server_that_never_answers_is_given_up_in_bounded_time(
+    fault: Faults, faulty: Location, proxy: FaultProxy, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    proxy.set(fault)
+    for verb in (
+        lambda: store.check_writable(faulty),
+        lambda: list(store.scan(faulty)),
+        lambda: store.stage(faulty, tmp_path / "w"),
+        lambda: publish(faulty, {"a": b"1"}),
+    ):
+        started = time.monotonic()
+        with pytest.raises(StoreUnavailable) as caught:
+            verb()
+        assert caught.value.transient
+        assert time.monotonic() - started < 0.5 * 2 + 2
+
+
+@pytest.mark.parametrize("direction", ["stage", "publish"])
+@pytest.mark.parametrize("fault", [Faults(black_hole=True), Faults(bytes_per_second=100_000)], ids=["stuck", "slow"])
+def test_a_signal_ends_a_transfer_at_once_and_nothing_writes_afterwards(
+    direction: str,
+    fault: Faults,
+    s3_place: Location,
+    proxy: FaultProxy,
+    publish: Callable[..., Summary],
+    tmp_path: Path,
+) -> None:
+    patient = Location(s3_place.url, {**s3_place.options, "endpoint_url": f"http://127.0.0.1:{proxy.port}"})
+    content = {str(number): os.urandom(3 << 20) for number in range(8)}
+    output = write_tree(tmp_path / "output", content)
+    put_raw(s3_place, content)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def misbehave_then_signal() -> None:
+        time.sleep(0.05)
+        proxy.set(fault)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    proxy.set(Faults(latency_seconds=0.01))
+    thread = threading.Thread(target=misbehave_then_signal)
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            store.stage(patient, tmp_path / "workspace") if direction == "stage" else publish(patient, output)
+        ended = time.monotonic()
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert time.monotonic() - ended < 2
+    assert not [each.name for each in threading.enumerate() if each.name.startswith("oasis-flows-transfer_")]
+    state = read_tree(tmp_path / "workspace") if direction == "stage" else {}
+    time.sleep(0.3)
+    assert state == (read_tree(tmp_path / "workspace") if direction == "stage" else {})
