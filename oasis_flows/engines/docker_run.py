@@ -187,14 +187,10 @@ class Supervision:
         if pump.failure is not None:
             raise pump.failure
         state = pump.state
-        if (
-            pump.outages
-            and state["ExitCode"] in (137, 143, 255)
-            and not state.get("OOMKilled")
-            and not self._stopped_at_timeout
-        ):
+        died = state["ExitCode"] in (137, 143, 255) and not state.get("OOMKilled")
+        if not self._stopped_at_timeout and ((pump.outages and died) or not self._engine_listens()):
             raise ContainerLost(
-                f"The engine went away while {spec.container_name(self._job)} ran, and took it along (exit code "
+                f"The engine went away while {spec.container_name(self._job)} ran, and stopped it (exit code "
                 f"{state['ExitCode']}). Run it again. {state.get('Error', '')}".strip()
             )
         evidence = Evidence(
@@ -207,6 +203,20 @@ class Supervision:
             stderr_head=self._delivery.stderr_head,
         )
         return container_exit(self._job, evidence)
+
+    def _engine_listens(self) -> bool:
+        """Does the engine take new connections?
+
+        One that is told to stop refuses them first, then stops its containers, and still answers on old connections
+        how they ended: an end that is then no word of the algorithm.
+        """
+        self._api.close()
+        try:
+            with translated("asking whether it is there"):
+                self._api.ping()
+        except EngineError:
+            return False
+        return True
 
     def _kill(self, signal_name: str) -> None:
         """Send a signal; one that is already gone, or an engine that is away, is for the pump to tell."""

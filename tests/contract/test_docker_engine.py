@@ -479,7 +479,8 @@ class TestEngineGoesAway:
             private.load(docker_archive(tmp_path / "image.tar", TinyImage(tags=("t:1",))))
             stop = threading.Timer(1.0, private.end)
             stop.start()
+            script = "trap 'exit 0' TERM; while :; do sleep 0.1; done"
             with pytest.raises((EngineUnavailable, ContainerLost)) as caught:
-                DockerEngine(private.connect, patience_seconds=2).run(make_job("sleep", "20", image="t:1"), Log())
+                DockerEngine(private.connect, patience_seconds=2).run(make_job("sh", "-c", script, image="t:1"), Log())
             stop.join()
             assert caught.value.transient
