@@ -140,7 +140,7 @@ def hashed(root: Path, meter: Meter, found: Iterable[Found] | None = None) -> It
     def entry(file: Found) -> Entry:
         with opened(root, file.real) as descriptor:
             reading = Reading(meter)
-            for _ in reading.through(chunks_of(descriptor, str(root / file.name))):
+            for _ in reading.through(chunks_of(descriptor, f"{root}/{file.name}")):
                 pass
         return reading.entry(file.name)
 

@@ -60,8 +60,9 @@ def _names(root: Path, folder: str) -> Iterator[str]:
 
 
 def _look(root: Path, name: str, refused: Callable[[str], None]) -> Found | None:
-    with translated(str(root / name)):
-        facts = os.lstat(root / name)
+    where = f"{root}/{name}"
+    with translated(where):
+        facts = os.lstat(where)
         kind = stat.S_IFMT(facts.st_mode)
         if kind == stat.S_IFREG:
             return Found(name, facts.st_size, name)

@@ -16,8 +16,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
@@ -275,13 +274,15 @@ def in_order(
 
 def _first(pending: deque[Future[R]], tick: Callable[[], None]) -> R:
     """Wait for the first result, or for any failure."""
-    tick()
     while not pending[0].done():
-        wait_for([pending[0]], timeout=0.2)
         tick()
+        with suppress(TimeoutError):
+            pending[0].exception(timeout=0.2)
+            break
         for future in pending:
             if future.done() and future.exception() is not None:
                 return future.result()
+    tick()
     return pending.popleft().result()
 
 
