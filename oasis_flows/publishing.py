@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from .dataset import DATA, LOG, MANIFEST, RECORD, Reading, paired, read_manifest, write_manifest
-from .errors import StoreDenied, UnsafeName
+from .errors import DatasetError, UnsafeName
 from .folder import Folder, Found, chunks_of, opened, walk
 from .manifest import Entry, Summary, check_name, checked
 from .transfer import Files, Location, Meter, Progress, files, in_order
@@ -47,8 +47,7 @@ def publish(
     meter = Meter(progress, _count(output) if commit else None)
     store, manifest = files(location), workspace / "output.jsonl"
     store.delete([MANIFEST])
-    with suppress(StoreDenied):
-        store.abandon()
+    _abandon(store)
     found = walk(output) if commit else _carriable(output, skipped)
     with closing(in_order(_PublishOne(store, output, meter), found, tick=meter.tick)) as entries:
         summary = write_manifest(_counted(entries, meter), manifest)
@@ -60,6 +59,15 @@ def publish(
         _write_file(store, MANIFEST, manifest)
     meter.tick(last=True)
     return summary
+
+
+def _abandon(store: Files) -> None:
+    """Tidy up where the store lets us; not every one knows how, and nothing depends on it."""
+    try:
+        store.abandon()
+    except DatasetError as error:
+        if error.transient:
+            raise
 
 
 def _count(output: Path) -> int:
