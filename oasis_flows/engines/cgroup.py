@@ -8,11 +8,15 @@ from pathlib import Path
 class MemoryPeak:
     """Follows the highest memory use of one container; `bytes` stays `None` while it cannot be read.
 
+    `killed` says that the kernel was seen to kill a process in it for memory. Under load the engine learns of that late
+    or, on cgroup v1, never.
+
     The kernel keeps the maximum itself, so a sample now and then misses only what comes after the last one.
     """
 
     def __init__(self, pid: int, container_id: str, *, root: Path = Path("/")) -> None:
         self.bytes: int | None = None
+        self.killed = False
         self._file = find_peak_file(pid, container_id, root)
 
     def sample(self) -> None:
@@ -21,6 +25,8 @@ class MemoryPeak:
             return
         try:
             self.bytes = int(self._file.read_text())
+            told = self._file.with_name("memory.oom_control" if "usage" in self._file.name else "memory.events").read_text()
+            self.killed |= any(line.startswith("oom_kill ") and not line.endswith(" 0") for line in told.splitlines())
         except (OSError, ValueError):
             return
 

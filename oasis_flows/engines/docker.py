@@ -122,7 +122,8 @@ class DockerEngine:
         with self._api("asking the engine about itself") as api:
             info = api.info()
         return Description(
-            name=f"{info.get('Name')}: {info.get('ServerVersion')}, {info.get('NCPU')} cpus, {human_bytes(info.get('MemTotal'))}, cgroup v{info.get('CgroupVersion', 1)}",
+            name=f"{info.get('Name')}: {info.get('ServerVersion')}, {info.get('NCPU')} cpus, "
+            f"{human_bytes(info.get('MemTotal'))}, cgroup v{info.get('CgroupVersion', 1)}",
             gpu=spec.gpu_support(info),
             not_enforced=spec.not_enforced(info),
         )

@@ -10,11 +10,13 @@ import struct
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from ..errors import ContainerLost, EngineUnavailable
 from ..job import LogSink, Stream
 from .docker_errors import translated
+from .docker_verdict import parse_time
 
 _STREAMS: dict[int, Stream] = {1: "stdout", 2: "stderr"}
 _HEADER = struct.Struct(">BxxxL")
@@ -106,10 +108,11 @@ class Pump(threading.Thread):
 
     def _follow(self) -> None:
         whole = self._attached is not None and self._copy_attached()
+        stopped = datetime.now(UTC)
         while True:
             try:
-                ended, seconds = self._ended_within(1.0)
-                if ended and whole and seconds < 0.25:
+                ended = self._ended_within(3.0)
+                if ended and whole and self._ended_by(stopped):
                     return
                 # Not attached at all, or the stream ended well before the container did: it was cut. A log that is
                 # followed may end before the container's last words are in it; one of an ended container has them.
@@ -119,6 +122,11 @@ class Pump(threading.Thread):
             except EngineUnavailable as error:
                 whole = False
                 self._await_engine(error)
+
+    def _ended_by(self, stopped: datetime) -> bool:
+        """Did the container end no later than its output stopped, by the engine's clock, give or take?"""
+        finished = parse_time(self.state.get("FinishedAt", ""))
+        return finished is not None and (finished - stopped).total_seconds() < 0.25
 
     def _copy_attached(self) -> bool:
         """Copy until the stream ends; False if it broke."""
@@ -153,8 +161,8 @@ class Pump(threading.Thread):
                 return False
         return True
 
-    def _ended_within(self, seconds: float) -> tuple[bool, float]:
-        """Whether the container ended, and after how long; keeps its state."""
+    def _ended_within(self, seconds: float) -> bool:
+        """Whether the container has ended or does so soon; keeps its state."""
         import docker.errors
 
         began, pause = time.monotonic(), 0.004
@@ -170,11 +178,10 @@ class Pump(threading.Thread):
             except EngineUnavailable:
                 self.state = {}
                 raise
-            passed = time.monotonic() - began
             if self.state["Status"] in ("exited", "dead"):
-                return True, passed
-            if passed > seconds:
-                return False, passed
+                return True
+            if time.monotonic() - began > seconds:
+                return False
             time.sleep(pause)
             pause = min(pause * 1.5, 0.1)
 

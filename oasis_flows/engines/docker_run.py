@@ -181,12 +181,12 @@ class Supervision:
             if signal_name := clock.due():
                 self._stopped_at_timeout = True
                 self._kill(signal_name)
-        return self._verdict(pump, peak.bytes)
+        return self._verdict(pump, peak)
 
-    def _verdict(self, pump: Pump, peak: int | None) -> ContainerExit:
+    def _verdict(self, pump: Pump, peak: MemoryPeak) -> ContainerExit:
         if pump.failure is not None:
             raise pump.failure
-        state = pump.state
+        state = self._with_late_news(pump.state, peak)
         died = state["ExitCode"] in (137, 143, 255) and not state.get("OOMKilled")
         if not self._stopped_at_timeout and ((pump.outages and died) or not self._engine_listens()):
             raise ContainerLost(
@@ -196,13 +196,27 @@ class Supervision:
         evidence = Evidence(
             state=state,
             in_force=self._container.in_force,
-            memory_peak_bytes=peak,
+            memory_peak_bytes=peak.bytes,
+            killed_for_memory=peak.killed,
             stopped_at_timeout=self._stopped_at_timeout,
             stdout_bytes=self._delivery.bytes["stdout"],
             stderr_bytes=self._delivery.bytes["stderr"],
             stderr_head=self._delivery.stderr_head,
         )
         return container_exit(self._job, evidence)
+
+    def _with_late_news(self, state: Mapping[str, Any], peak: MemoryPeak) -> Mapping[str, Any]:
+        """The state, waited for a little where memory ran out and the engine may only learn of a kill now."""
+        near = (peak.bytes or 0) >= 0.9 * self._job.resources.memory_bytes
+        until = time.monotonic() + 0.5
+        while near and not peak.killed and not state.get("OOMKilled") and time.monotonic() < until:
+            time.sleep(0.05)
+            try:
+                with translated("asking for the state of a container"):
+                    state = self._api.inspect_container(self._container.id)["State"]
+            except EngineError:
+                break
+        return state
 
     def _engine_listens(self) -> bool:
         """Does the engine take new connections?

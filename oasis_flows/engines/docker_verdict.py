@@ -20,6 +20,7 @@ class Evidence:
     state: Mapping[str, Any]
     in_force: Mapping[str, object]
     memory_peak_bytes: int | None = None
+    killed_for_memory: bool = False
     stopped_at_timeout: bool = False
     stdout_bytes: int = 0
     stderr_bytes: int = 0
@@ -51,7 +52,7 @@ def container_exit(job: ContainerJob, evidence: Evidence) -> ContainerExit:
 def _reason(evidence: Evidence) -> tuple[Reason, str]:
     state = evidence.state
     code = int(state["ExitCode"])
-    if state.get("OOMKilled"):
+    if state.get("OOMKilled") or evidence.killed_for_memory:
         return Reason.OUT_OF_MEMORY, "" if code == 137 else "a process inside was killed for memory"
     if evidence.stopped_at_timeout:
         return Reason.TIMED_OUT, ""

@@ -80,8 +80,9 @@ class PrivateEngine:
         where = ["--host", self.host, "--pidfile", f"{self.folder}/docker.pid", "--data-root", f"{self.folder}/data"]
         alone = ["--exec-root", f"{self.folder}/run", "--bridge", "none", "--iptables=false", "--ip6tables=false"]
         with (self.folder / "log").open("ab") as log:
+            # A dockerd without a bridge removes docker0 from its network namespace: it must not be the machine's.
             self.process = subprocess.Popen(
-                ["dockerd", *where, *alone, *self.options], stdout=log, stderr=log, start_new_session=True
+                ["unshare", "--net", "dockerd", *where, *alone, *self.options], stdout=log, stderr=log, start_new_session=True
             )
         for _ in range(300):
             with contextlib.suppress(docker.errors.DockerException), contextlib.closing(self.connect()):
