@@ -3,7 +3,6 @@
 Everything it makes stays below `.demo/`, Prefect's own files included: a Prefect that you use for other things is not touched.
 The Prefect server keeps running, so that the run can be looked at; `make demo-down` stops it.
 """
-# ruff: noqa: T201
 
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / ".demo"
+BIN = Path(sys.executable).parent
 PID_FILE = DEMO / "server.pid"
 SERVER_LOG = DEMO / "server.log"
 START_SECONDS = 90
@@ -108,16 +108,15 @@ def stop_server() -> None:
     PID_FILE.unlink(missing_ok=True)
 
 
-def oasis_flows(*arguments: str, env: dict[str, str], quiet: bool = False) -> str:
+def oasis_flows(*arguments: str, env: dict[str, str]) -> str:
     """Run the command line as a user would; its last line of output. Ends the demo if the command fails."""
     print(f"\n$ oasis-flows {' '.join(arguments)}", flush=True)
     last = ""
-    command = [str(Path(sys.executable).with_name("oasis-flows")), *arguments]
+    command = [str(BIN / "oasis-flows"), *arguments]
     with subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
             last = line
-            if not quiet:
-                print(line, end="", flush=True)
+            print(line, end="", flush=True)
     if process.returncode:
         sys.exit(f"demo: oasis-flows {arguments[0]} ended with exit code {process.returncode}")
     return last
@@ -136,16 +135,23 @@ def main() -> None:
     oasis_flows("dataset", "add", "co2-weekly", "examples/co2-weekly", env=env)
     run_arguments = ("run", "co2-report", "co2-weekly", "--output-name", "co2-report", "--follow", "--json")
     run: dict[str, Any] = json.loads(oasis_flows(*run_arguments, env=env))
-    listing: dict[str, Any] = json.loads(oasis_flows("dataset", "ls", "co2-report", "--json", env=env, quiet=True))
+    listing = subprocess.run(
+        [str(BIN / "oasis-flows"), "dataset", "ls", run["dataset"], "--json"],
+        env=env,
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    files = [json.loads(line) for line in listing.splitlines()]
 
-    files = listing["files"]
     print(f"\nWhat came out: {len(files)} files in {run['url']}")
     for file in files:
         print(f"  {size(file['bytes']):>9}  {file['path']}")
     print("\nThe log ends:")
-    for line in run["log_tail"].splitlines():
+    for line in run["log_tail"]:
         print(f"  {line}")
-    print(f"\nThe record of the run:  {run['url'].removesuffix('/data')}/task.json")
+    print(f"\nThe record of the run:  {run['url']}/task.json")
     print(f"The run in the UI:      {run['ui_url']}")
     print("The server stays up for you to look; `make demo-down` stops it.")
 

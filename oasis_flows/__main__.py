@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if getattr(options, "follow", False) is False:
         # Without --follow a terminal shows results; Prefect's own lines only where something is wrong.
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "ERROR" if options.command == "run" else "WARNING")
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL" if options.command == "run" else "WARNING")
     from . import console
     from .errors import OasisError
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone, as with `| head`: nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SUCCESS
-    except Exception as error:  # noqa: BLE001  # the border: whatever it was, people get a sentence and a code
+    except Exception as error:  # the border: whatever it was, people get a sentence and a code
         if os.environ.get("OASIS_FLOWS_TRACEBACK"):
             raise
         print(f"oasis-flows: {console.translated(error)}", file=sys.stderr)
@@ -76,9 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run an algorithm on a dataset, here and now")
     run.add_argument("algorithm", metavar="ALGORITHM", help="name of an Algorithm document")
     run.add_argument("dataset", metavar="DATASET", help="name of a Dataset document")
-    run.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the algorithm; repeatable")
+    run.add_argument(
+        "-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the algorithm; repeatable"
+    )
     run.add_argument("--output-name", metavar="NAME", help="name of the output's Dataset document (default: a new one)")
-    run.add_argument("--store", metavar="NAME", help="DatasetStore document to publish to (default: the one named default, or this machine)")
+    run.add_argument(
+        "--store", metavar="NAME", help="DatasetStore document to publish to (default: the one named default, or this machine)"
+    )
     run.add_argument("--follow", action="store_true", help="show the log while it happens")
     run.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     run.set_defaults(action="run")

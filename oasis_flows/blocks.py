@@ -65,24 +65,35 @@ class DockerImage(Block):
     _documentation_url: ClassVar[Any] = _DOCUMENTATION
 
     image_id: str | None = Field(
-        default=None, description="Registry reference with a tag or digest, such as ghcr.io/acme/detector:1.4. Leave image_file empty then."
+        default=None,
+        description="Registry reference with a tag or digest, such as ghcr.io/acme/detector:1.4. Leave image_file empty then.",
     )
     image_file: str | None = Field(
         default=None,
         description="Path or URL of an archive made by `docker save` (or an OCI layout), plain or gzip. Leave image_id empty then.",
     )
-    registry_credentials: DockerRegistryCredentials | None = Field(default=None, description="Login for a registry that asks for one.")
+    registry_credentials: DockerRegistryCredentials | None = Field(
+        default=None, description="Login for a registry that asks for one."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> DockerImage:
         if self.image_id and self.image_file:
-            raise ValueError("both image_id and image_file are given. Keep the one that the image comes from and remove the other")
+            raise ValueError(
+                "both image_id and image_file are given. Keep the one that the image comes from and remove the other"
+            )
         if not self.image_id and not self.image_file:
-            raise ValueError("neither image_id nor image_file is given. Write image_id: NAME:TAG, or image_file: /path/to/image.tar")
+            raise ValueError(
+                "neither image_id nor image_file is given. Write image_id: NAME:TAG, or image_file: /path/to/image.tar"
+            )
         if self.image_id and (re.search(r"\s", self.image_id) or "://" in self.image_id):
-            raise ValueError(f"image_id {self.image_id!r} is no image reference. Write it as for `docker pull`: registry/name:tag, without https://")
+            raise ValueError(
+                f"image_id {self.image_id!r} is no image reference. Write it as for `docker pull`: registry/name:tag, without https://"
+            )
         if self.image_file and "://" not in self.image_file and not Path(self.image_file).expanduser().is_absolute():
-            raise ValueError(f"image_file {self.image_file!r} is relative. Write the whole path: {Path(self.image_file).absolute()}")
+            raise ValueError(
+                f"image_file {self.image_file!r} is relative. Write the whole path: {Path(self.image_file).absolute()}"
+            )
         return self
 
 
@@ -108,7 +119,9 @@ class DatasetStore(Block):
     _documentation_url: ClassVar[Any] = _DOCUMENTATION
 
     url: str = Field(description="Root of the published datasets: s3://bucket/folder, or the whole path of a folder.")
-    endpoint_url: str | None = Field(default=None, description="Address of an S3 server that is not Amazon's, such as https://s3.example.org.")
+    endpoint_url: str | None = Field(
+        default=None, description="Address of an S3 server that is not Amazon's, such as https://s3.example.org."
+    )
     access_key_id: str | None = Field(default=None, description="S3 access key. Empty: what the machine is configured with.")
     secret_access_key: SecretStr | None = Field(default=None, description="S3 secret key that belongs to the access key.")
     region: str | None = Field(default=None, description="S3 region, where the server asks for one.")
@@ -128,7 +141,9 @@ class DatasetStore(Block):
     @model_validator(mode="after")
     def _both_keys(self) -> DatasetStore:
         if bool(self.access_key_id) != bool(self.secret_access_key):
-            raise ValueError("access_key_id and secret_access_key belong together. Give both, or neither to use the machine's own")
+            raise ValueError(
+                "access_key_id and secret_access_key belong together. Give both, or neither to use the machine's own"
+            )
         return self
 
 
@@ -155,9 +170,13 @@ class Dataset(Block):
     _documentation_url: ClassVar[Any] = _DOCUMENTATION
 
     url: str = Field(description="The folder: the whole path of a local one, or a URL such as s3://bucket/folder.")
-    store: DatasetStore | None = Field(default=None, description="The store whose credentials open it. Not needed for local folders.")
+    store: DatasetStore | None = Field(
+        default=None, description="The store whose credentials open it. Not needed for local folders."
+    )
     file_count: int | None = Field(default=None, ge=0, description="How many files were found; filled in by oasis-flows.")
-    size_bytes: int | None = Field(default=None, ge=0, description="How many bytes they have together; filled in by oasis-flows.")
+    size_bytes: int | None = Field(
+        default=None, ge=0, description="How many bytes they have together; filled in by oasis-flows."
+    )
     manifest_digest: str | None = Field(
         default=None, description="SHA-256 of the manifest: names, sizes and digests of all files; filled in by oasis-flows."
     )
@@ -198,12 +217,18 @@ class Algorithm(Block):
 
     docker_image: DockerImage = Field(description="The image that holds the program.")
     command: str | list[str] | None = Field(
-        default=None, description="What to run, split like a shell would, or a list. {name} is replaced by a parameter. Empty: the image's own."
+        default=None,
+        description="What to run, split like a shell would, or a list. {name} is replaced by a parameter. Empty: the image's own.",
     )
-    entrypoint: str | list[str] | None = Field(default=None, description="Replaces the image's entrypoint; written like command.")
-    environment: dict[str, str] = Field(default_factory=dict, description="Environment variables; {name} in a value is replaced by a parameter.")
+    entrypoint: str | list[str] | None = Field(
+        default=None, description="Replaces the image's entrypoint; written like command."
+    )
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="Environment variables; {name} in a value is replaced by a parameter."
+    )
     secret_environment: dict[str, str] = Field(
-        default_factory=dict, description="Environment variables whose values are secret: variable name to the name of a Prefect Secret block."
+        default_factory=dict,
+        description="Environment variables whose values are secret: variable name to the name of a Prefect Secret block.",
     )
     gpu: bool = Field(default=False, description="Does it need a GPU.")
     gpu_count: int | Literal["all"] = Field(default=1, description="How many GPUs, when it needs any; or all.")
@@ -212,17 +237,25 @@ class Algorithm(Block):
     shm_size: str | None = Field(default=None, description="Size of /dev/shm, such as 1GiB; PyTorch's data loaders need it.")
     timeout_seconds: float | None = Field(default=None, description="Hard limit of its running time. Empty: none.")
     network: bool = Field(default=False, description="May it use the network.")
-    user: str | None = Field(default=None, description="User it runs as, such as 1000:1000. Empty: the worker's own user and group.")
+    user: str | None = Field(
+        default=None, description="User it runs as, such as 1000:1000. Empty: the worker's own user and group."
+    )
     working_dir: str = Field(default="/work", description="Folder it starts in; input and output are below it.")
     parameters: dict[str, Scalar | None] = Field(
         default_factory=dict, description="Parameter names and defaults; a null default means that each run must give a value."
     )
     prerequisites: list[Any] = Field(default_factory=list, description="What must be in place before it runs.")
-    writable_root: bool = Field(default=False, description="May it write anywhere in its own file system, not only to output and /tmp.")
+    writable_root: bool = Field(
+        default=False, description="May it write anywhere in its own file system, not only to output and /tmp."
+    )
     new_privileges: bool = Field(default=False, description="May its programs gain privileges, as sudo does.")
-    capabilities: list[str] = Field(default_factory=list, description="Linux capabilities it keeps, such as SYS_PTRACE; by default none.")
+    capabilities: list[str] = Field(
+        default_factory=list, description="Linux capabilities it keeps, such as SYS_PTRACE; by default none."
+    )
     pids_limit: int = Field(default=1024, description="Hard limit of processes and threads at once.")
-    tmp_size: str | None = Field(default=None, description="Hard limit of /tmp, which lives in its memory. Empty: half of the machine's memory.")
+    tmp_size: str | None = Field(
+        default=None, description="Hard limit of /tmp, which lives in its memory. Empty: half of the machine's memory."
+    )
 
     @field_validator("command", "entrypoint")
     @classmethod
@@ -239,11 +272,15 @@ class Algorithm(Block):
             if name in RESERVED_VARIABLES or name.startswith(VARIABLE_PREFIX):
                 raise ValueError(f"{name} is set by oasis-flows itself. Choose another name")
             if not isinstance(text, str):
-                raise ValueError(f'the value of {name} is {text!r}, which is no text. Put it in quotes: {name}: "{str(text).lower()}"')
+                raise ValueError(
+                    f'the value of {name} is {text!r}, which is no text. Put it in quotes: {name}: "{str(text).lower()}"'
+                )
             if "\0" in text:
                 raise ValueError(f"the value of {name} holds a NUL character. Remove it")
             if info.field_name == "secret_environment" and not re.fullmatch(r"[a-z0-9-]+", text):
-                raise ValueError(f"{name} must name a Prefect Secret block (lower-case letters, digits, dashes), never hold the secret itself")
+                raise ValueError(
+                    f"{name} must name a Prefect Secret block (lower-case letters, digits, dashes), never hold the secret itself"
+                )
         return value
 
     @field_validator("cpus", "timeout_seconds")
@@ -293,7 +330,9 @@ class Algorithm(Block):
         path = value.rstrip("/")
         parts = path.split("/")[1:]
         if not value.startswith("/") or not path or any(p in ("", ".", "..") for p in parts) or any(ord(c) < 32 for c in value):
-            raise ValueError(f"{value!r} cannot be the working directory. Write a whole path with at least one folder, such as /work")
+            raise ValueError(
+                f"{value!r} cannot be the working directory. Write a whole path with at least one folder, such as /work"
+            )
         if parts[0] in ("proc", "sys", "dev"):
             raise ValueError(f"{value!r} belongs to the kernel. Write another folder, such as /work")
         return path
@@ -305,7 +344,9 @@ class Algorithm(Block):
             if not isinstance(name, str) or not _PARAMETER.fullmatch(name):
                 raise ValueError(f"{name!r} is no name of a parameter. Use letters, digits and _, not beginning with a digit")
             if not isinstance(default, str | int | float | bool | None):
-                raise ValueError(f"the default of {name} is {default!r}. Write text, a number, true or false; or null if each run must give it")
+                raise ValueError(
+                    f"the default of {name} is {default!r}. Write text, a number, true or false; or null if each run must give it"
+                )
             if isinstance(default, float) and not math.isfinite(default):
                 raise ValueError(f"the default of {name} is {default}. Write a number")
         return value
@@ -338,7 +379,9 @@ def _folder_url(value: str) -> str:
         return value if value.endswith("://") else value.rstrip("/")
     path = Path(value).expanduser()
     if not path.is_absolute():
-        raise ValueError(f"{value!r} is relative, and a worker would look for it elsewhere. Write the whole path: {path.absolute()}")
+        raise ValueError(
+            f"{value!r} is relative, and a worker would look for it elsewhere. Write the whole path: {path.absolute()}"
+        )
     return value.rstrip("/") or "/"
 
 

@@ -76,7 +76,9 @@ def read(folder: Path) -> list[Document]:
         for document in ordered:
             problems += [f"{document.path}: {problem}" for problem in _check(document, documents, built)]
     if problems:
-        raise InvalidDocument("The catalogue has problems. Correct these files:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise InvalidDocument(
+            "The catalogue has problems. Correct these files:\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
     return ordered
 
 
@@ -113,7 +115,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML as usual, but a key that comes twice is an error instead of a lost value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} comes twice", node.start_mark)
         return super().construct_mapping(node, deep)
@@ -151,7 +153,9 @@ def _ordered(documents: Mapping[str, Document], problems: list[str]) -> list[Doc
     try:
         return [documents[key] for key in TopologicalSorter(graph).static_order()]
     except CycleError as error:
-        problems.append(f"These documents refer to one another in a circle: {' → '.join(error.args[1])}. Remove one of the references.")
+        problems.append(
+            f"These documents refer to one another in a circle: {' → '.join(error.args[1])}. Remove one of the references."
+        )
         return []
 
 
@@ -160,7 +164,9 @@ def _check(document: Document, documents: Mapping[str, Document], built: dict[st
     known = document.block_type.model_fields
     for field in document.fields.keys() - known.keys():
         close = difflib.get_close_matches(str(field), known, n=1)
-        yield f"{field}: there is no such field. " + (f"Did you mean {close[0]}?" if close else f"The fields are {', '.join(known)}.")
+        yield f"{field}: there is no such field. " + (
+            f"Did you mean {close[0]}?" if close else f"The fields are {', '.join(known)}."
+        )
     fields = dict(document.fields)
     wrong = False
     for field in fields.keys() & known.keys():
@@ -196,7 +202,7 @@ def _resolved(document: Document, field: str, documents: Mapping[str, Document],
     if slug == "secret":
         return "", "a secret of the server"
     if wanted is DockerRegistryCredentials:
-        return "", DockerRegistryCredentials(username="of", password="the", registry_url="server")
+        return "", DockerRegistryCredentials.model_construct()
     key = f"{slug}/{reference[1]}"
     if key not in documents:
         return f"there is no {key}.yaml in the catalogue. Add the file, or correct the name.", value

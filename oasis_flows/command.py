@@ -211,7 +211,7 @@ def _follow(script: str, at: int, quotes: list[str]) -> int:
         return 2
     if here == inside:
         quotes.pop()
-    elif here in "\"`" or (here == "'" and inside != '"'):
+    elif here in '"`' or (here == "'" and inside != '"'):
         quotes.append(here)
     elif here == "(" and inside != '"':
         quotes.append(")")

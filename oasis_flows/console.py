@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-from prefect.states import State
+from prefect.client.schemas.objects import State
 
 from . import catalogue, documents, reaper, settings, store as stores
 from .blocks import Algorithm, Dataset, DatasetStore
@@ -19,9 +19,8 @@ from .doctor import examine
 from .errors import DescriptionError, OasisError
 from .flows.algorithm_task import algorithm_task
 from .job import human_bytes
-from .log import last_lines
 from .manifest import Entry, Tally, to_line
-from .plan import location
+from .plan import checked_name, location
 from .running import follow, open_log
 
 Options = argparse.Namespace
@@ -48,7 +47,7 @@ def run(options: Options) -> int:
     state = cast(
         State[Any],
         algorithm_task(
-            options.algorithm,  # type: ignore[arg-type]  # the flow takes names of documents, too
+            options.algorithm,
             options.dataset,
             output_name=options.output_name,
             store=options.store,
@@ -64,6 +63,7 @@ def run(options: Options) -> int:
 
 
 def dataset_add(options: Options) -> int:
+    checked_name(options.name)
     store = documents.load(DatasetStore, options.store) if options.store else None
     url = options.url if "://" in options.url else str(Path(options.url).expanduser().absolute())
     dataset = Dataset(url=url, store=store)
@@ -75,7 +75,9 @@ def dataset_add(options: Options) -> int:
     found = tally.summary()
     if not found.file_count:
         raise DescriptionError(f"The folder {url} holds no files. Put the files there first, or correct the path.")
-    dataset = Dataset(url=url, store=store, file_count=found.file_count, size_bytes=found.size_bytes, manifest_digest=found.digest)
+    dataset = Dataset(
+        url=url, store=store, file_count=found.file_count, size_bytes=found.size_bytes, manifest_digest=found.digest
+    )
     dataset.save(options.name, overwrite=True)
     if options.json:
         print(json.dumps({"name": options.name, "url": url, "file_count": found.file_count, "size_bytes": found.size_bytes}))
@@ -138,7 +140,9 @@ def doctor(options: Options) -> int:
     for finding in examine(settings.current()):
         healthy &= finding.status != "missing"
         if options.json:
-            print(json.dumps({"check": finding.check, "status": finding.status, "found": finding.found, "remedy": finding.remedy}))
+            print(
+                json.dumps({"check": finding.check, "status": finding.status, "found": finding.found, "remedy": finding.remedy})
+            )
         else:
             print(f"{finding.status:8} {finding.check:10} {finding.found}")
             if finding.remedy:
@@ -184,7 +188,9 @@ def _print_run(state: State[Any], result: object, *, as_json: bool) -> None:
     if isinstance(result, Exception):
         print(f"oasis-flows: {result}", file=sys.stderr)
     if facts["dataset"]:
-        print(f"dataset/{facts['dataset']}: {cast(Dataset, result).file_count} files, {human_bytes(cast(Dataset, result).size_bytes)}")
+        print(
+            f"dataset/{facts['dataset']}: {cast(Dataset, result).file_count} files, {human_bytes(cast(Dataset, result).size_bytes)}"
+        )
     print(f"in {source.url}" if source.url else "nothing was published")
 
 
@@ -215,4 +221,9 @@ class _Bar:
         self._last = now
         rate = human_bytes(int(size / max(now - self._began, 0.001)))
         drawn = f"[{'#' * (20 * files // total):20}] " if total else ""
-        print(f"\r\x1b[K{drawn}{files}{f'/{total}' if total else ''} files {self._verb}, {human_bytes(size)}, {rate}/s", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r\x1b[K{drawn}{files}{f'/{total}' if total else ''} files {self._verb}, {human_bytes(size)}, {rate}/s",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -17,7 +17,7 @@ from .job import human_bytes
 from .machine import open_engine
 from .plan import options_of
 from .settings import Settings
-from .transfer import Location
+from .store import Location
 
 T = TypeVar("T")
 
@@ -52,7 +52,12 @@ def _engine(settings: Settings) -> Iterator[Finding]:
     if facts.gpu:
         yield Finding("gpu", "ok", facts.gpu)
     else:
-        yield Finding("gpu", "note", "none that the engine can hand out", "install the NVIDIA driver and nvidia-container-toolkit to run gpu algorithms")
+        yield Finding(
+            "gpu",
+            "note",
+            "none that the engine can hand out",
+            "install the NVIDIA driver and nvidia-container-toolkit to run gpu algorithms",
+        )
 
 
 def _workspace(settings: Settings) -> Iterator[Finding]:
@@ -60,7 +65,9 @@ def _workspace(settings: Settings) -> Iterator[Finding]:
         settings.workspaces.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(settings.workspaces).free
     except OSError as error:
-        yield Finding("workspace", "missing", f"{settings.workspaces}: {error.strerror}", "set OASIS_FLOWS_HOME to a folder you may write")
+        yield Finding(
+            "workspace", "missing", f"{settings.workspaces}: {error.strerror}", "set OASIS_FLOWS_HOME to a folder you may write"
+        )
         return
     yield Finding("workspace", "ok" if free > 1 << 30 else "note", f"{settings.workspaces}, {human_bytes(free)} free")
 
@@ -68,7 +75,12 @@ def _workspace(settings: Settings) -> Iterator[Finding]:
 def _server(_: Settings) -> Iterator[Finding]:
     url = get_current_settings().api.url
     if url is None:
-        yield Finding("server", "note", "none; a temporary one is started for each command", "prefect server start, and set PREFECT_API_URL, for the UI")
+        yield Finding(
+            "server",
+            "note",
+            "none; a temporary one is started for each command",
+            "prefect server start, and set PREFECT_API_URL, for the UI",
+        )
     known: list[str] | None = _attempt(lambda: documents.names(Algorithm))
     if url is not None:
         if _attempt(_answers):
@@ -90,7 +102,12 @@ def _pool(_: Settings) -> Iterator[Finding]:
     if pools:
         for pool in pools:
             ready = str(pool.status.value if pool.status else "").upper() == "READY"
-            yield Finding("pool", "ok" if ready else "note", f"{pool.name} ({'a worker is there' if ready else 'no worker'})", "" if ready else f"prefect worker start --pool {pool.name}")
+            yield Finding(
+                "pool",
+                "ok" if ready else "note",
+                f"{pool.name} ({'a worker is there' if ready else 'no worker'})",
+                "" if ready else f"prefect worker start --pool {pool.name}",
+            )
     elif pools is not None:
         yield Finding(
             "pool",
@@ -106,7 +123,9 @@ def _store(settings: Settings) -> Iterator[Finding]:
     try:
         stores.check_writable(place)
     except OasisError as error:
-        yield Finding("store", "missing", str(error), "correct the dataset-store document `default`, or the rights of the folder")
+        yield Finding(
+            "store", "missing", str(error), "correct the dataset-store document `default`, or the rights of the folder"
+        )
     else:
         yield Finding("store", "ok", place.url + ("" if store else " (no dataset-store document named default)"))
 

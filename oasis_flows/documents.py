@@ -26,7 +26,9 @@ def load(block_type: type[AnyBlock], name: str) -> AnyBlock:
     slug = block_type.get_block_type_slug()
     known = names(block_type)
     there_are = f"There are: {', '.join(known)}." if known else f"There is no {slug} document at all."
-    raise DescriptionError(f"There is no {slug} document {name!r}. {there_are} Make one with `oasis-flows apply`, or in the Prefect UI.")
+    raise DescriptionError(
+        f"There is no {slug} document {name!r}. {there_are} Make one with `oasis-flows apply`, or in the Prefect UI."
+    )
 
 
 def find(block_type: type[AnyBlock], name: str) -> AnyBlock | None:

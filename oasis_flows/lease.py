@@ -36,7 +36,9 @@ def hold(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunInUse(f"Another process is working on the run of {path.parent}. Wait for it, or cancel it first.") from None
+            raise RunInUse(
+                f"Another process is working on the run of {path.parent}. Wait for it, or cancel it first."
+            ) from None
         renew(path)
         yield
     finally:

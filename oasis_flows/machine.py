@@ -41,7 +41,7 @@ def open_engine(settings: Settings) -> Engine:
 @contextmanager
 def stand_in(engine: Engine) -> Iterator[None]:
     """Let every run of this process use `engine` until the block ends, whatever the settings say."""
-    global _stand_in  # noqa: PLW0603
+    global _stand_in
     before, _stand_in = _stand_in, engine
     try:
         yield

@@ -61,7 +61,13 @@ def parse_line(line: bytes, number: int = 0) -> Entry:
         path, size, sha256, etag = row["path"], row["bytes"], row.get("sha256"), row.get("etag")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DatasetError(f"Line {number} of the manifest is not one of a manifest: {line[:120]!r}.") from error
-    if not (isinstance(path, str) and isinstance(size, int) and size >= 0 and isinstance(sha256, str | None) and isinstance(etag, str | None)):
+    if not (
+        isinstance(path, str)
+        and isinstance(size, int)
+        and size >= 0
+        and isinstance(sha256, str | None)
+        and isinstance(etag, str | None)
+    ):
         raise DatasetError(f"Line {number} of the manifest has a value of the wrong type: {line[:120]!r}.")
     return Entry(path, size, sha256, etag)
 

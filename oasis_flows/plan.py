@@ -14,15 +14,14 @@ from pathlib import Path
 
 from prefect.blocks.system import Secret
 
-from . import command as commands, documents
-from . import store as stores
+from . import command as commands, documents, store as stores
 from .blocks import Algorithm, Dataset, DatasetStore, DockerImage
 from .command import Scalar
 from .errors import DescriptionError, NoGpu
 from .job import ContainerJob, ImageSource, Mount, RegistryLogin, Resources, Sandbox, parse_bytes
 from .machine import open_engine
 from .settings import Settings
-from .transfer import Location
+from .store import Location
 from .workspace import Workspace
 
 
@@ -75,15 +74,17 @@ def plan_run(
         DatasetError: the store cannot be written.
     """
     if algorithm.prerequisites:
-        raise DescriptionError("This version runs no prerequisites. Empty `prerequisites`, and put what it needs into the image.")
+        raise DescriptionError(
+            "This version runs no prerequisites. Empty `prerequisites`, and put what it needs into the image."
+        )
     values = commands.bind(algorithm.parameters, parameters or {})
     name = algorithm._block_document_name or "algorithm"
-    folder = _checked_name(output_name or f"{name}-output")
+    folder = checked_name(output_name or f"{name}-output")
     root = store.url if store else str(settings.datasets)
     output = Location(f"{root}/{folder}/{run_id}", options_of(store))
     document = output_name or f"{folder}-{run_id[:8]}"
     _check_not_taken(document, f"{root}/{folder}/")
-    stores.check_writable(output)
+    stores.check_writable(Location(root, options_of(store)))
     if algorithm.gpu and open_engine(settings).describe().gpu is None:
         raise NoGpu(
             f"The algorithm {name} needs a GPU and the engine of this machine has none to give. Run it on a work pool with GPUs; or install "
@@ -195,7 +196,12 @@ def _check_secret(value: str, parameter: str) -> None:
         )
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """The name, if a document can have it.
+
+    Raises:
+        DescriptionError: with one that could be taken instead.
+    """
     if re.fullmatch(r"[a-z0-9]+(-+[a-z0-9]+)*", name) and len(name) <= 200:
         return name
     suggestion = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:200] or "result"

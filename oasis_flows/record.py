@@ -14,7 +14,14 @@ RECORD_VERSION = 1
 
 
 def task_json(
-    plan: Plan, *, image: str, staged: Summary, exit: ContainerExit, published: Summary, seconds: Mapping[str, float], flow_run: Mapping[str, str]
+    plan: Plan,
+    *,
+    image: str,
+    staged: Summary,
+    exit: ContainerExit,
+    published: Summary,
+    seconds: Mapping[str, float],
+    flow_run: Mapping[str, str],
 ) -> dict[str, Any]:
     """The record of a run. Of the environment it has names only, of secrets the names of their blocks."""
     sentence, advice = explain(exit)
@@ -46,11 +53,25 @@ def oasis_status(exit: ContainerExit) -> str:
 def loosened(plan: Plan) -> list[str]:
     """What the algorithm's document opened in the sandbox."""
     a = plan.algorithm
-    flags = (("network", a.network), ("writable_root", a.writable_root), ("new_privileges", a.new_privileges), (f"user {a.user}", bool(a.user)))
+    flags = (
+        ("network", a.network),
+        ("writable_root", a.writable_root),
+        ("new_privileges", a.new_privileges),
+        (f"user {a.user}", bool(a.user)),
+    )
     return [name for name, on in flags if on] + [f"capability {name}" for name in a.capabilities]
 
 
-def page(plan: Plan, *, image: str, staged: Summary, exit: ContainerExit, published: Summary, seconds: Mapping[str, float], tail: Sequence[str]) -> str:
+def page(
+    plan: Plan,
+    *,
+    image: str,
+    staged: Summary,
+    exit: ContainerExit,
+    published: Summary,
+    seconds: Mapping[str, float],
+    tail: Sequence[str],
+) -> str:
     """The page about a run, in Markdown: what became of it, and where everything is."""
     sentence, advice = explain(exit)
     state = "Completed" if exit.reason is Reason.OK else "Failed"
@@ -68,9 +89,7 @@ def page(plan: Plan, *, image: str, staged: Summary, exit: ContainerExit, publis
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     fence = "~" * (max((len(line) - len(line.lstrip("~")) for line in tail), default=0) + 4)
     log = "\n".join([fence, *tail, fence]) if tail else "The algorithm wrote nothing to its log."
-    return (
-        f"## {oasis_status(exit)} ({state}): {plan.algorithm_name} {sentence}\n\n{advice}\n\n| | |\n|---|---|\n{table}\n\n### The log's last lines\n\n{log}\n"
-    )
+    return f"## {oasis_status(exit)} ({state}): {plan.algorithm_name} {sentence}\n\n{advice}\n\n| | |\n|---|---|\n{table}\n\n### The log's last lines\n\n{log}\n"
 
 
 def _cell(text: str) -> str:
@@ -86,4 +105,7 @@ def _document(plan: Plan) -> dict[str, Any]:
     names = plan.algorithm.__class__.model_fields
     document = {name: getattr(plan.algorithm, name) for name in names if name not in ("environment", "docker_image")}
     image = plan.algorithm.docker_image
-    return {**document, "docker_image": {"name": image._block_document_name, "image_id": image.image_id, "image_file": image.image_file}}
+    return {
+        **document,
+        "docker_image": {"name": image._block_document_name, "image_id": image.image_id, "image_file": image.image_file},
+    }

@@ -28,7 +28,7 @@ from .errors import DatasetNotFound, DescriptionError
 from .flows.algorithm_task import LABEL_HOST, LABEL_OUTPUT
 from .plan import options_of
 from .settings import Settings
-from .transfer import Location
+from .store import Location
 from .workspace import Workspace
 
 _POLL_SECONDS = 0.5

@@ -59,7 +59,9 @@ def stage_input(plan: Plan, workspace: Workspace) -> tuple[Path, Summary]:
     started = time.monotonic()
     folder, summary = store.stage(plan.source, workspace.path, progress=_progress("Staged"))
     _finish(workspace, MARKER_STAGED, started, folder=str(folder), summary=asdict(summary))
-    get_run_logger().info("The input %s has %d files, %s.", plan.dataset_name, summary.file_count, human_bytes(summary.size_bytes))
+    get_run_logger().info(
+        "The input %s has %d files, %s.", plan.dataset_name, summary.file_count, human_bytes(summary.size_bytes)
+    )
     return folder, summary
 
 
@@ -113,12 +115,20 @@ def publish_output(
 
         def record(found: Summary) -> bytes:
             seconds = stage_seconds(workspace) | {MARKER_PUBLISHED: time.monotonic() - started}
-            content = task_json(plan, image=image, staged=staged, exit=exit, published=found, seconds=seconds, flow_run=flow_run)
+            content = task_json(
+                plan, image=image, staged=staged, exit=exit, published=found, seconds=seconds, flow_run=flow_run
+            )
             return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
 
         def publish(commit: bool) -> Summary:
             return store.publish(
-                workspace.output, plan.output, log=workspace.log, record=record, commit=commit, workspace=workspace.path, progress=_progress("Published")
+                workspace.output,
+                plan.output,
+                log=workspace.log,
+                record=record,
+                commit=commit,
+                workspace=workspace.path,
+                progress=_progress("Published"),
             )
 
         try:
@@ -130,10 +140,20 @@ def publish_output(
     if not succeeded:
         return summary, None
     dataset = Dataset(
-        url=plan.output.url, store=plan.store, file_count=summary.file_count, size_bytes=summary.size_bytes, manifest_digest=summary.digest
+        url=plan.output.url,
+        store=plan.store,
+        file_count=summary.file_count,
+        size_bytes=summary.size_bytes,
+        manifest_digest=summary.digest,
     )
     dataset.save(plan.document_name, overwrite=True)
-    get_run_logger().info("Published %d files, %s, as dataset %s: %s", summary.file_count, human_bytes(summary.size_bytes), plan.document_name, plan.output.url)
+    get_run_logger().info(
+        "Published %d files, %s, as dataset %s: %s",
+        summary.file_count,
+        human_bytes(summary.size_bytes),
+        plan.document_name,
+        plan.output.url,
+    )
     return summary, dataset
 
 

@@ -80,7 +80,9 @@ class Workspace:
         """Delete the folder; the lease goes last, so that a half-deleted folder still says whose it is."""
         for child in self.path.glob("*"):
             if child != self.lease:
-                shutil.rmtree(child, ignore_errors=True) if child.is_dir() and not child.is_symlink() else child.unlink(missing_ok=True)
+                shutil.rmtree(child, ignore_errors=True) if child.is_dir() and not child.is_symlink() else child.unlink(
+                    missing_ok=True
+                )
         self.lease.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
@@ -98,7 +100,9 @@ def open_workspace(root: Path, run_id: str) -> Iterator[Workspace]:
         workspace.path.mkdir(parents=True, exist_ok=True)
         workspace.path.chmod(0o700)
     except OSError as error:
-        raise StoreFull(f"The workspace {workspace.path} cannot be made: {error.strerror}. Set OASIS_FLOWS_HOME to a folder with room.") from error
+        raise StoreFull(
+            f"The workspace {workspace.path} cannot be made: {error.strerror}. Set OASIS_FLOWS_HOME to a folder with room."
+        ) from error
     with lease.hold(workspace.lease):
         yield workspace
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import lease
 from ..errors import EngineUnavailable
 from ..job import ContainerExit, ContainerJob, ImageSource, LogSink, human_bytes
-from . import Description, docker_image, docker_run
-from . import docker_spec as spec
+from . import Description, docker_image, docker_run, docker_spec as spec
 from .docker_errors import HOW_TO_GET_AN_ENGINE, translated
 
 if TYPE_CHECKING:

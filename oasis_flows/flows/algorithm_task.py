@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 from uuid import UUID
 
 from prefect import flow, runtime
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
@@ -47,11 +47,11 @@ def _run_name() -> str:
 
 def _name_of(value: object) -> str:
     if isinstance(value, Block):
-        return value._block_document_name or getattr(value, "url", value.get_block_type_slug())
+        return str(value._block_document_name or getattr(value, "url", value.get_block_type_slug()))
     return value if isinstance(value, str) else "?"
 
 
-def clean_up(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+def clean_up(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
     """Remove what a cancelled or crashed run may have left on this machine. Prefect calls it with exactly these names."""
     here = settings.current()
     workspace = Workspace(here.workspaces / str(flow_run.id))
@@ -136,7 +136,11 @@ def _owned_workspace(plan: Plan, here: Settings) -> Iterator[Workspace]:
             finished = workspace.done(MARKER_RUN) is not None and not isinstance(error, AlgorithmFailed | UnsafeName)
             if error.transient or finished:
                 hours = here.keep_seconds / 3600
-                logger.warning("What is done so far is kept for %g hours in %s; a retry of this run goes on from there.", hours, workspace.path)
+                logger.warning(
+                    "What is done so far is kept for %g hours in %s; a retry of this run goes on from there.",
+                    hours,
+                    workspace.path,
+                )
             else:
                 workspace.remove()
             raise
@@ -157,7 +161,9 @@ def _sweep(here: Settings) -> None:
             get_run_logger().warning("Removed the container of run %s, whose process is gone.", run_id)
 
 
-def _publish(plan: Plan, workspace: Workspace, image: str, staged: Summary, exit: ContainerExit) -> tuple[Summary | None, Dataset | None]:
+def _publish(
+    plan: Plan, workspace: Workspace, image: str, staged: Summary, exit: ContainerExit
+) -> tuple[Summary | None, Dataset | None]:
     flow_run = {"id": plan.run_id, "name": str(runtime.flow_run.name), "ui_url": str(runtime.flow_run.ui_url or "")}
     try:
         return publish_output(plan, workspace, image=image, staged=staged, exit=exit, flow_run=flow_run)
@@ -169,11 +175,19 @@ def _publish(plan: Plan, workspace: Workspace, image: str, staged: Summary, exit
         return None, None
 
 
-def _report(plan: Plan, workspace: Workspace, image: str, staged: Summary, exit: ContainerExit, published: Summary | None) -> None:
+def _report(
+    plan: Plan, workspace: Workspace, image: str, staged: Summary, exit: ContainerExit, published: Summary | None
+) -> None:
     """The run's page and the table of its output files, as Prefect artifacts."""
     nothing = Summary(file_count=0, size_bytes=0, digest=None)
     text = page(
-        plan, image=image, staged=staged, exit=exit, published=published or nothing, seconds=stage_seconds(workspace), tail=last_lines(workspace.log, 30)
+        plan,
+        image=image,
+        staged=staged,
+        exit=exit,
+        published=published or nothing,
+        seconds=stage_seconds(workspace),
+        tail=last_lines(workspace.log, 30),
     )
     create_markdown_artifact(text, key="oasis-run", description=f"{plan.algorithm_name} on {plan.dataset_name}")
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import docker
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from oasis_flows import lease
 from oasis_flows.engines import docker_spec

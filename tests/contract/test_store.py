@@ -20,7 +20,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from oasis_flows import objects, publishing, store
+from oasis_flows import store
 from oasis_flows.errors import (
     ChecksumMismatch,
     DatasetError,
@@ -32,8 +32,9 @@ from oasis_flows.errors import (
 )
 from oasis_flows.manifest import Entry, Summary, parse
 from oasis_flows.store import Location
-from oasis_flows.transfer import files
-from oasis_flows.verdicts import Missing
+from oasis_flows.store import objects, publishing
+from oasis_flows.store.transfer import files
+from oasis_flows.store.verdicts import Missing
 from tests.servers.faultproxy import FaultProxy, Faults, between
 from tests.servers.s3 import S3Server
 

@@ -95,7 +95,13 @@ def test_an_algorithm_that_makes_no_sense_is_refused_with_advice(fields, advice)
 def test_a_default_keeps_its_type():
     written = {"a": 1, "b": 1.0, "c": True, "d": "1", "e": None}
 
-    assert [type(v) for v in Algorithm(docker_image=IMAGE, parameters=written).parameters.values()] == [int, float, bool, str, type(None)]
+    assert [type(v) for v in Algorithm(docker_image=IMAGE, parameters=written).parameters.values()] == [
+        int,
+        float,
+        bool,
+        str,
+        type(None),
+    ]
 
 
 @pytest.mark.parametrize("block_type", [Dataset, DatasetStore])
@@ -121,7 +127,9 @@ def test_the_address_of_a_server_is_one():
     assert "Write http://HOST:PORT" in refusal(DatasetStore, url="s3://b/x", endpoint_url="s3.example.org")
 
 
-@pytest.mark.parametrize(("url", "kept"), [("s3://b/x/", "s3://b/x"), ("/data/x/", "/data/x"), ("/", "/"), ("memory://", "memory://")])
+@pytest.mark.parametrize(
+    ("url", "kept"), [("s3://b/x/", "s3://b/x"), ("/data/x/", "/data/x"), ("/", "/"), ("memory://", "memory://")]
+)
 def test_a_url_has_one_spelling(url, kept):
     assert Dataset(url=url).url == kept
 

@@ -91,7 +91,7 @@ class S3Server:
 
     @property
     def options(self) -> dict[str, str]:
-        """The endpoint and the credentials, as `oasis_flows.transfer.Location` takes them."""
+        """The endpoint and the credentials, as `oasis_flows.store.transfer.Location` takes them."""
         return {
             "endpoint_url": self.endpoint,
             "access_key_id": self.access_key,

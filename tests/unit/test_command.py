@@ -4,8 +4,7 @@ import os
 import subprocess
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from oasis_flows import command
 from oasis_flows.errors import DescriptionError
@@ -65,7 +64,7 @@ SCRIPTS = [
     "printf '<%s>' {v}",
     'printf "<%s>" "{v}"',
     "printf '<%s>' '{v}'",
-    "printf '<%s>' \"$(printf %s \"{v}\")\"",
+    'printf \'<%s>\' "$(printf %s "{v}")"',
     "# don't\nprintf '<%s>' {v}",
     "(printf '<%s>' {v})",
     "case a in (a) printf '<%s>' {v};; esac",
@@ -74,12 +73,16 @@ SCRIPTS = [
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("shell", [["/bin/sh", "-c"], ["sh", "-e", "-c"], ["env", "bash", "-o", "pipefail", "-euc"], ["bash", "--norc", "-c"]])
+@pytest.mark.parametrize(
+    "shell", [["/bin/sh", "-c"], ["sh", "-e", "-c"], ["env", "bash", "-o", "pipefail", "-euc"], ["bash", "--norc", "-c"]]
+)
 def test_a_value_is_one_word_for_a_shell_too(script, shell, tmp_path):
     values = {"v": NASTY}
     argv = command.render([*shell, script], values)
 
-    done = subprocess.run(argv, env={"PATH": os.environ["PATH"], **command.variables(values)}, cwd=tmp_path, capture_output=True, check=True)
+    done = subprocess.run(
+        argv, env={"PATH": os.environ["PATH"], **command.variables(values)}, cwd=tmp_path, capture_output=True, check=True
+    )
 
     assert done.stdout.decode() == f"<{NASTY}>"
     assert list(tmp_path.iterdir()) == []

@@ -7,8 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from oasis_flows.errors import AlgorithmFailed, DescriptionError, first_sentence
 from oasis_flows.job import (

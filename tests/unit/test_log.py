@@ -4,8 +4,7 @@ import time
 import tracemalloc
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from oasis_flows import log
 
@@ -79,7 +78,9 @@ def test_memory_does_not_grow_with_the_log(tmp_path):
 
 
 def test_secrets_reach_neither_file_nor_view(tmp_path):
-    content, blocks = written(tmp_path, [("stdout", b"token=hun"), ("stdout", b"ter2 and hunt"), ("stderr", b"hunter2\n")], ["hunter2"])
+    content, blocks = written(
+        tmp_path, [("stdout", b"token=hun"), ("stdout", b"ter2 and hunt"), ("stderr", b"hunter2\n")], ["hunter2"]
+    )
 
     assert content == b"token=*** and ***\nhunt"
     assert "hunter2" not in "".join(blocks)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from oasis_flows.errors import DatasetError, UnsafeName
 from oasis_flows.manifest import Entry, Tally, check_name, checked, parse, parse_line, sort_key, to_line

@@ -25,9 +25,9 @@ from oasis_flows.errors import (
     StoreUnavailable,
     UnsafeName,
 )
-from oasis_flows.journal import Journal
 from oasis_flows.manifest import Entry
-from oasis_flows.transfer import Location, Meter, checkpoint, in_order, pause, translated, wait
+from oasis_flows.store.journal import Journal
+from oasis_flows.store.transfer import Location, Meter, checkpoint, in_order, pause, translated, wait
 
 SECRET = "a-very-secret-value"
 

@@ -76,6 +76,6 @@ def build(engine: docker.DockerClient) -> str:
 
 if __name__ == "__main__":
     try:
-        print(f"image {REPOSITORY}:{TAG}: {build(docker.from_env())}")  # noqa: T201
+        print(f"image {REPOSITORY}:{TAG}: {build(docker.from_env())}")
     except DockerException as error:
         sys.exit(f"co2-report: the container engine refused or does not answer: {error}")

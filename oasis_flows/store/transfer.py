@@ -22,8 +22,8 @@ from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from .errors import DatasetError, OasisError
-from .manifest import Entry
+from ..errors import DatasetError, OasisError
+from ..manifest import Entry
 from .verdicts import verdict
 
 T = TypeVar("T")

@@ -10,12 +10,12 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..errors import ChecksumMismatch, DatasetError, StoreFull
+from ..job import human_bytes
+from ..manifest import Entry, Summary, checked
 from .dataset import DATA, Published, Reading, hashed, listed, paired, published, read_manifest, require_folder, write_manifest
-from .errors import ChecksumMismatch, DatasetError, StoreFull
 from .folder import Folder, walk
-from .job import human_bytes
 from .journal import Journal
-from .manifest import Entry, Summary, checked
 from .transfer import Files, Location, Meter, Progress, checkpoint, files, in_order, translated
 from .verdicts import Missing
 

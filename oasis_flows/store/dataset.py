@@ -13,9 +13,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import DatasetError, DatasetNotFound
+from ..errors import DatasetError, DatasetNotFound
+from ..manifest import Entry, Summary, Tally, checked, parse, parse_line, sort_key
 from .folder import Found, chunks_of, opened, walk
-from .manifest import Entry, Summary, Tally, checked, parse, parse_line, sort_key
 from .transfer import Files, Location, Meter, files, in_order, translated
 from .verdicts import Missing
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .errors import DatasetError, UnsafeName
-from .manifest import Entry
+from ..errors import DatasetError, UnsafeName
+from ..manifest import Entry
 from .transfer import CHUNK_BYTES, Location, checkpoint, translated
 
 KINDS = {

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import obstore
 from obstore.store import S3Store
 
-from .errors import DatasetError, StoreDenied, StoreUnavailable
-from .manifest import Entry
+from ..errors import DatasetError, StoreDenied, StoreUnavailable
+from ..manifest import Entry
 from .transfer import CHUNK_BYTES, Location, checkpoint, pause, translated, turn, wait
 
 if TYPE_CHECKING:

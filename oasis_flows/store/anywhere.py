@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import fsspec
 
-from .errors import DatasetError
-from .manifest import Entry, sort_key
+from ..errors import DatasetError
+from ..manifest import Entry, sort_key
 from .transfer import CHUNK_BYTES, Location, checkpoint, translated
 
 

@@ -8,10 +8,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import DatasetError, UnsafeName
+from ..manifest import Entry, Summary, check_name, checked
 from .dataset import DATA, LOG, MANIFEST, RECORD, Reading, paired, read_manifest, write_manifest
-from .errors import DatasetError, UnsafeName
 from .folder import Folder, Found, chunks_of, opened, walk
-from .manifest import Entry, Summary, check_name, checked
 from .transfer import Files, Location, Meter, Progress, files, in_order
 from .verdicts import Missing
 

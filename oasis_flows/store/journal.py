@@ -13,8 +13,8 @@ from io import FileIO
 from itertools import groupby
 from pathlib import Path
 
-from .errors import DatasetError
-from .manifest import Entry, parse_line, sort_key, to_line
+from ..errors import DatasetError
+from ..manifest import Entry, parse_line, sort_key, to_line
 from .transfer import translated
 
 

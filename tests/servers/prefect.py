@@ -1,0 +1,156 @@
+"""A real Prefect server, and a worker of the shipped pool beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True, slots=True)
+class PrefectServer:
+    """A running server. `env` is what a process needs to be its client; `home` is OASIS_FLOWS_HOME."""
+
+    port: int
+    env: dict[str, str]
+    home: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def run(self, *command: str, check: bool = True, **changes: str) -> subprocess.CompletedProcess[str]:
+        """Run a program of the virtual environment as a user of this server."""
+        done = subprocess.run(
+            [str(BIN / command[0]), *command[1:]],
+            env=self.env | changes,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        if check and done.returncode:
+            pytest.fail(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def api(self, path: str, body: object = None) -> Any:
+        """Ask the server's REST API."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/api{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as answer:
+            return json.loads(answer.read() or "null")
+
+    def wait_for(self, run_id: str, *states: str, seconds: float = 90) -> dict[str, Any]:
+        """The flow run, once its state's type is one of these."""
+        deadline = time.monotonic() + seconds
+        while True:
+            run = self.api(f"/flow_runs/{run_id}")
+            if run["state_type"] in states:
+                return dict(run)
+            if time.monotonic() > deadline:
+                pytest.fail(f"The run is still {run['state_name']}, not {' or '.join(states)}, after {seconds} s.")
+            time.sleep(0.2)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it started, which is a session of its own."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    """A server of this test session, with a database of its own. This process is its client, too."""
+    folder = tmp_path_factory.mktemp("prefect")
+    port = free_port()
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OASIS_"))} | {
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "OASIS_FLOWS_HOME": str(folder / "home"),
+    }
+    server = PrefectServer(port, env, folder / "home")
+    command = [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        _wait_until_healthy(server, process, folder / "server.log")
+        with temporary_settings({PREFECT_API_URL: env["PREFECT_API_URL"], PREFECT_HOME: Path(env["PREFECT_HOME"])}):
+            yield server
+    finally:
+        stop(process)
+
+
+def _wait_until_healthy(server: PrefectServer, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if server.api("/health"):
+                return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"The Prefect server did not start:\n{log.read_text()[-3000:]}")
+
+
+@pytest.fixture
+def here(prefect_server: PrefectServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A home of oasis-flows for this test alone; this process's flows use it."""
+    monkeypatch.setenv("OASIS_FLOWS_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def deployed(prefect_server: PrefectServer) -> PrefectServer:
+    """The server with the shipped pools, deployments, catalogue and sample dataset, as the documentation says to make them."""
+    for pool, kind in (("gpu-process", "process"), ("gpu-docker", "docker"), ("gpu-kubernetes", "kubernetes")):
+        template = f"deployments/work-pools/{pool}.json"
+        prefect_server.run(
+            "prefect", "--no-prompt", "work-pool", "create", pool, "--type", kind, "--base-job-template", template
+        )
+    prefect_server.run("prefect", "--no-prompt", "deploy", "--all")
+    prefect_server.run("python", "deployments/images/co2-report/build.py")
+    prefect_server.run("oasis-flows", "apply", "blocks")
+    prefect_server.run("oasis-flows", "dataset", "add", "co2-weekly", "examples/co2-weekly")
+    return prefect_server
+
+
+@pytest.fixture(scope="session")
+def worker(deployed: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker of the pool `gpu-process`."""
+    command = [str(BIN / "prefect"), "worker", "start", "--pool", "gpu-process", "--name", "tests"]
+    env = deployed.env | {"PREFECT_WORKER_QUERY_SECONDS": "1"}
+    with (tmp_path_factory.mktemp("worker") / "worker.log").open("wb") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    yield process
+    stop(process)
