@@ -19,7 +19,6 @@ from typing import Any, Literal, cast, get_args
 import yaml
 from prefect.blocks.core import Block
 from prefect.blocks.system import Secret
-from prefect_docker.credentials import DockerRegistryCredentials
 from pydantic import SecretStr, ValidationError
 
 from .blocks import Algorithm, Dataset, DatasetStore, DockerImage
@@ -201,8 +200,8 @@ def _resolved(document: Document, field: str, documents: Mapping[str, Document],
         return f"refers to a {reference[0]}, and must refer to a {slug}.", value
     if slug == "secret":
         return "", "a secret of the server"
-    if wanted is DockerRegistryCredentials:
-        return "", DockerRegistryCredentials.model_construct()
+    if slug not in BLOCK_TYPES:
+        return "", cast(type[Block], wanted).model_construct()
     key = f"{slug}/{reference[1]}"
     if key not in documents:
         return f"there is no {key}.yaml in the catalogue. Add the file, or correct the name.", value

@@ -31,8 +31,7 @@ from oasis_flows.errors import (
     UnsafeName,
 )
 from oasis_flows.manifest import Entry, Summary, parse
-from oasis_flows.store import Location
-from oasis_flows.store import objects, publishing
+from oasis_flows.store import Location, objects, publishing
 from oasis_flows.store.transfer import files
 from oasis_flows.store.verdicts import Missing
 from tests.servers.faultproxy import FaultProxy, Faults, between
