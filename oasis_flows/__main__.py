@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if getattr(options, "follow", False) is False:
         # Without --follow a terminal shows results; Prefect's own lines only where something is wrong.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL" if options.command == "run" else "WARNING")
+    # Without a server Prefect starts a temporary one, which makes its database first: that can take longer than its 20 s.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     from . import console
     from .errors import OasisError
 

@@ -73,7 +73,12 @@ def test_by_a_schedule(deployed, worker, tmp_path):
 def test_by_a_python_call_without_any_server(deployed, tmp_path):
     script = tmp_path / "call.py"
     script.write_text(CALL.replace("SAMPLE", repr(str(Path("examples/co2-weekly").absolute()))))
-    alone = {"PREFECT_API_URL": "", "PREFECT_HOME": str(tmp_path / "prefect"), "OASIS_FLOWS_HOME": str(tmp_path / "home")}
+    alone = {
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_API_URL": "",
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "OASIS_FLOWS_HOME": str(tmp_path / "home"),
+    }
     output = Path(deployed.run("python", str(script), **alone).stdout.splitlines()[-1])
 
     assert (output / "manifest.jsonl").exists()
