@@ -1,0 +1,709 @@
+"""The flow in this process, against a real Prefect server, with Python functions in the place of containers."""
+
+import json
+import uuid
+from pathlib import Path
+from typing import ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from prefect.blocks.system import Secret
+from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow
+from prefect.states import Scheduled
+from prefect_docker.credentials import DockerRegistryCredentials
+
+from oasis_flows import documents, lease, tasks
+from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
+from oasis_flows.errors import (
+    AlgorithmFailed,
+    ContainerLost,
+    DatasetError,
+    DescriptionError,
+    EngineError,
+    EngineUnavailable,
+    NoGpu,
+    OasisError,
+    RegistryUnavailable,
+    UnsafeName,
+    first_sentence,
+)
+from oasis_flows.flows.algorithm_task import algorithm_task
+from oasis_flows.job import ContainerExit, Reason
+from oasis_flows.machine import stand_in
+from oasis_flows.testing import FakeEngine, host_path
+from tests.servers.engine import eventually
+
+IMAGE = DockerImage(image_id="counter:1")
+SECRET = "tr0ub4dor&3 «hush»"
+
+
+def count(job, log):
+    """Write each input file's number of lines to a file of the same name."""
+    source = host_path(job, "/work/input")
+    for file in sorted(source.rglob("*.txt")):
+        target = host_path(job, "/work/output") / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(str(len(file.read_text().splitlines())))
+        log("stdout", f"counted {file.name}\n".encode())
+    log("stderr", b"the end\n")
+    return 0
+
+
+def ends(exit):
+    """An algorithm that writes a file and a line, and ends so."""
+
+    def algorithm(job, log):
+        (host_path(job, "/work/output") / "part.txt").write_text("as far as it came")
+        log("stdout", b"it began well\n")
+        return exit
+
+    return algorithm
+
+
+class FlakyStore(MemoryFileSystem):
+    """A store at `flaky://` that can be down."""
+
+    protocol = "flaky"
+    cachable = False
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+    down: ClassVar[bool] = False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("flaky://"))
+
+    def _require(self):
+        if type(self).down:
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    def _open(self, *args, **kwargs):
+        self._require()
+        return super()._open(*args, **kwargs)
+
+    def info(self, *args, **kwargs):
+        self._require()
+        return super().info(*args, **kwargs)
+
+    def exists(self, *args, **kwargs):
+        self._require()
+        return super().exists(*args, **kwargs)
+
+
+fsspec.register_implementation("flaky", FlakyStore, clobber=True)
+
+
+@pytest.fixture
+def flaky():
+    """The store, up, and empty at the end."""
+    FlakyStore.down = False
+    yield DatasetStore(url="flaky://results")
+    FlakyStore.down = False
+    FlakyStore.store.clear()
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    """Retries of tasks do not wait here; how often they happen is the shipped number."""
+    for each in (tasks.stage_input, tasks.prepare_image, tasks.run_container, tasks.publish_output):
+        monkeypatch.setattr(each, "retry_delay_seconds", [0.0] * each.retries)
+        monkeypatch.setattr(each, "retry_jitter_factor", None)
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """A dataset of three files, two of them of the same base name."""
+    for name, text in {"a.txt": "1\n2\n", "deep/er/a.txt": "1\n", "empty.txt": ""}.items():
+        (tmp_path / "notes" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "notes" / name).write_text(text)
+    return Dataset(url=str(tmp_path / "notes"))
+
+
+@pytest.fixture
+def ran(prefect_server, here, notes):
+    """Runs the flow with an engine; returns what became of it."""
+
+    def run(engine, algorithm=None, dataset=None, **options):
+        with stand_in(engine):
+            state = algorithm_task(algorithm or Algorithm(docker_image=IMAGE), dataset or notes, return_state=True, **options)
+        return Ran(prefect_server, here, state)
+
+    return run
+
+
+class Ran:
+    """A finished flow run, as the server and this machine have it."""
+
+    def __init__(self, server, home, state):
+        self.server, self.home, self.state = server, home, state
+        self.id = str(state.state_details.flow_run_id)
+        self.result = state.result(raise_on_failure=False)
+
+    @property
+    def run(self):
+        return self.server.api(f"/flow_runs/{self.id}")
+
+    @property
+    def folder(self):
+        return Path(self.run["labels"]["oasis.output"])
+
+    @property
+    def record(self):
+        return json.loads((self.folder / "task.json").read_text())
+
+    @property
+    def workspace(self):
+        return self.home / "workspaces" / self.id
+
+    @property
+    def artifacts(self):
+        found = self.server.api("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [self.id]}}})
+        return {artifact["key"]: artifact["data"] for artifact in found}
+
+    def logs(self, *, containing):
+        """The run's log records on the server, once one of them has this text: they arrive a little later."""
+        wanted = {"logs": {"flow_run_id": {"any_": [self.id]}}, "limit": 200}
+        eventually(lambda: containing in str(self.server.api("/logs/filter", wanted)), 15)
+        return "\n".join(record["message"] for record in self.server.api("/logs/filter", wanted))
+
+
+def again(ran, engine, **parameters):
+    """The same flow run once more, as a worker does after `prefect flow-run retry`."""
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(uuid.UUID(ran.id), Scheduled(name="AwaitingRetry"), force=True)
+        flow_run = client.read_flow_run(uuid.UUID(ran.id))
+    with stand_in(engine):
+        state = run_flow(algorithm_task, flow_run=flow_run, parameters=parameters, return_type="state")
+    return Ran(ran.server, ran.home, state)
+
+
+# Success
+
+
+def test_a_success_leaves_files_log_record_and_last_the_manifest(ran, notes):
+    done = ran(FakeEngine(count), Algorithm(docker_image=IMAGE, environment={"COLOUR": "a hue"}))
+    folder = done.folder
+
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
+        "data/a.txt",
+        "data/deep/er/a.txt",
+        "data/empty.txt",
+        "log.txt",
+        "task.json",
+        "manifest.jsonl",
+    }
+    assert (folder / "data/deep/er/a.txt").read_text() == "1"
+    assert (folder / "log.txt").read_bytes() == b"counted a.txt\ncounted a.txt\ncounted empty.txt\nthe end\n"
+    assert max(folder.rglob("*.*"), key=lambda path: path.stat().st_mtime_ns).name == "manifest.jsonl"
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    assert [line["path"] for line in lines] == ["a.txt", "deep/er/a.txt", "empty.txt"]
+    record = done.record
+    assert (record["status"], record["verdict"]["code"], record["exit"]["exit_code"]) == ("Succeeded", "ok", 0)
+    assert record["environment"] == ["COLOUR"]
+    assert "a hue" not in (folder / "task.json").read_text()
+    assert record["input"]["file_count"] == 3
+    assert record["flow_run"]["id"] == done.id
+    assert record["image"].startswith("sha256:")
+    assert set(record["seconds"]) == {"stage_input", "prepare_image", "run_container", "publish_output"}
+
+
+def test_a_success_has_a_document_an_artifact_and_a_readable_run_and_no_workspace(ran, notes):
+    done = ran(FakeEngine(count))
+    run, document = done.run, Dataset.load(f"algorithm-output-{done.id[:8]}")
+
+    assert run["state_type"] == "COMPLETED"
+    assert run["name"] == f"algorithm on {notes.url}"
+    assert set(run["tags"]) >= {"algorithm:algorithm", f"dataset:{notes.url}"}
+    assert (document.url, document.file_count, document.size_bytes) == (str(done.folder), 3, 3)
+    assert document.manifest_digest == done.result.manifest_digest == done.record["output"]["manifest_digest"]
+    assert "Succeeded (Completed)" in done.artifacts["oasis-run"]
+    assert "counted a.txt" in done.artifacts["oasis-run"]
+    assert "counted a.txt" in done.logs(containing="the end")
+    assert not done.workspace.exists()
+
+
+def test_the_container_gets_its_folders_and_exactly_the_described_environment(ran, notes):
+    engine = FakeEngine()
+    done = ran(engine, Algorithm(docker_image=IMAGE, environment={"A": "{n}×"}, parameters={"n": 2}, working_dir="/srv/x"))
+    (job,) = engine.jobs
+
+    assert dict(job.environment) == {
+        "A": "2×",
+        "OASIS_PARAMETER_n": "2",
+        "OASIS_INPUT": "/srv/x/input",
+        "OASIS_OUTPUT": "/srv/x/output",
+        "OASIS_RUN_ID": done.id,
+        "OASIS_GPU_COUNT": "0",
+    }
+    assert [(m.target, m.read_only) for m in job.mounts] == [("/srv/x/input", True), ("/srv/x/output", False)]
+    assert job.mounts[0].source == Path(notes.url)
+    assert (job.run_id, job.attempt, job.working_dir) == (done.id, 1, "/srv/x")
+
+
+def test_the_same_task_run_twice_gives_two_datasets(ran):
+    engine = FakeEngine(count)
+    first, second = ran(engine), ran(engine)
+
+    assert first.folder != second.folder
+    assert first.result._block_document_name != second.result._block_document_name
+    assert all((done.folder / "manifest.jsonl").exists() for done in (first, second))
+    assert first.result.manifest_digest == second.result.manifest_digest
+
+
+def test_a_later_run_of_the_same_output_name_replaces_the_document_and_no_data(ran, notes):
+    first = ran(FakeEngine(count), output_name="counted-notes")
+    (Path(notes.url) / "a.txt").write_text("1\n2\n3\n")
+    second = ran(FakeEngine(count), output_name="counted-notes")
+
+    assert Dataset.load("counted-notes").url == str(second.folder)
+    assert (first.folder / "data/a.txt").read_text() == "2"
+    assert (second.folder / "data/a.txt").read_text() == "3"
+    assert first.folder.parent == second.folder.parent
+    assert first.folder.parent.name == "counted-notes"
+
+
+def test_an_output_name_never_takes_the_document_of_somebody_elses_dataset(ran, notes):
+    notes.save("precious", overwrite=True)
+    engine = FakeEngine(count)
+    done = ran(engine, output_name="precious")
+
+    assert isinstance(done.result, DescriptionError)
+    assert "Choose another `output_name`" in str(done.result)
+    assert engine.jobs == []
+    assert Dataset.load("precious").url == notes.url
+
+
+def test_the_output_of_one_run_is_the_input_of_the_next(ran):
+    first = ran(FakeEngine(count))
+    engine = FakeEngine(count)
+    second = ran(engine, dataset=first.result)
+
+    assert engine.jobs[0].mounts[0].source == first.folder / "data"
+    assert second.record["input"]["manifest_digest"] == first.result.manifest_digest
+    assert second.run["state_type"] == "COMPLETED"
+
+
+def test_blocks_may_be_given_by_name_by_reference_or_as_they_are(ran, notes):
+    algorithm = Algorithm(docker_image=IMAGE, command="count")
+    name = f"given-{uuid.uuid4().hex[:8]}"
+    number = str(algorithm.save(name))
+    notes.save(name)
+    slug = {"$ref": {"block_document_slug": f"dataset/{name}"}}
+
+    for given, dataset in ((name, name), ({"$ref": {"block_document_id": number}}, slug), (Algorithm.load(name), notes)):
+        engine = FakeEngine(count)
+        done = ran(engine, given, dataset)
+        assert done.run["name"] == f"{name} on {name}"
+        assert engine.jobs[0].command == ("count",)
+        assert done.result._block_document_name.startswith(f"{name}-output-")
+
+
+def test_parameters_reach_the_command_as_data_and_the_record_as_they_were(ran):
+    engine = FakeEngine()
+    algorithm = Algorithm(
+        docker_image=IMAGE,
+        entrypoint=["sh", "-c"],
+        command=["cut --at {at} '{label}'"],
+        parameters={"at": 1.5, "label": None},
+    )
+    done = ran(engine, algorithm, parameters={"label": "'; rm -rf /; '"})
+
+    assert engine.jobs[0].command == ("cut --at \"${OASIS_PARAMETER_at}\" ''\"${OASIS_PARAMETER_label}\"''",)
+    assert engine.jobs[0].environment["OASIS_PARAMETER_label"] == "'; rm -rf /; '"
+    assert done.record["parameters"] == {"at": 1.5, "label": "'; rm -rf /; '"}
+
+
+def test_the_store_named_default_is_used_by_those_who_name_none(ran, tmp_path):
+    DatasetStore(url=str(tmp_path / "everybody")).save("default")
+    try:
+        done = ran(FakeEngine(count))
+    finally:
+        DatasetStore.delete("default")
+
+    assert done.folder.parent.parent == tmp_path / "everybody"
+    assert (done.folder / "manifest.jsonl").exists()
+
+
+# The algorithm fails
+
+
+@pytest.mark.parametrize(
+    ("exit", "sentence"),
+    [
+        (3, "The algorithm algorithm ended with exit code 3 after "),
+        (ContainerExit(reason=Reason.OUT_OF_MEMORY, exit_code=137), "was killed for memory"),
+        (ContainerExit(reason=Reason.TIMED_OUT, exit_code=143), "was stopped at its time limit of 60 s."),
+        (ContainerExit(reason=Reason.KILLED, exit_code=137), "was killed from outside"),
+        (ContainerExit(reason=Reason.COMMAND_NOT_FOUND, exit_code=127), "its command is not in the image."),
+        (ContainerExit(reason=Reason.EXEC_FORMAT, exit_code=126), "its program is not made for this machine."),
+    ],
+)
+def test_a_failed_algorithm_is_explained_kept_for_a_look_and_no_dataset(ran, exit, sentence):
+    engine = FakeEngine(ends(exit))
+    done = ran(engine, Algorithm(docker_image=IMAGE, timeout_seconds=60))
+    run, folder = done.run, done.folder
+
+    assert isinstance(done.result, AlgorithmFailed)
+    assert run["state_type"] == "FAILED"
+    assert run["state_name"] == ("TimedOut" if "time limit" in sentence else "Failed")
+    assert sentence in run["state"]["message"]
+    assert run["state"]["message"] == first_sentence(done.result)
+    assert len(engine.jobs) == 1
+    assert {path.name for path in folder.iterdir()} == {"data", "log.txt", "task.json"}
+    assert (folder / "data/part.txt").read_text() == "as far as it came"
+    assert (folder / "log.txt").read_bytes() == b"it began well\n"
+    assert done.record["status"] == "Failed"
+    assert documents.find(Dataset, done.record["output"]["name"]) is None
+    assert "Failed (Failed)" in done.artifacts["oasis-run"]
+    assert not done.workspace.exists()
+
+
+def test_a_failed_run_raises_in_a_python_call_and_quotes_the_end_of_the_log(here, notes):
+    with stand_in(FakeEngine(ends(3))), pytest.raises(AlgorithmFailed, match="it began well") as failed:
+        algorithm_task(Algorithm(docker_image=IMAGE), notes)
+
+    assert failed.value.exit.exit_code == 3
+
+
+def test_a_failed_output_can_be_nobodys_input(ran):
+    failed = ran(FakeEngine(ends(1)))
+    engine = FakeEngine()
+    done = ran(engine, dataset=Dataset(url=str(failed.folder)))
+
+    assert isinstance(done.result, DatasetError)
+    assert "is not a dataset" in done.run["state"]["message"]
+    assert engine.jobs == []
+
+
+def test_an_output_that_no_dataset_can_hold_is_kept_with_log_and_record_that_say_failed(ran):
+    def link_outside(job, log):
+        output = host_path(job, "/work/output")
+        (output / "good.txt").write_text("good")
+        (output / "bad").symlink_to("/etc/passwd")
+        log("stdout", b"done\n")
+        return 0
+
+    engine = FakeEngine(link_outside)
+    done = ran(engine)
+
+    assert isinstance(done.result, UnsafeName)
+    assert "'bad' is a link" in done.run["state"]["message"]
+    assert {path.name for path in done.folder.iterdir()} == {"data", "log.txt", "task.json"}
+    assert [path.name for path in (done.folder / "data").iterdir()] == ["good.txt"]
+    assert (done.folder / "log.txt").read_bytes() == b"done\n"
+    assert len(engine.jobs) == 1
+    assert documents.find(Dataset, f"algorithm-output-{done.id[:8]}") is None
+    assert not done.workspace.exists()
+    # The run failed, so what is written down about it must not say otherwise.
+    assert done.record["status"] == "Failed"
+
+
+def test_the_log_of_a_failed_algorithm_outlives_a_store_that_is_down(ran, flaky):
+    def fail(job, log):
+        FlakyStore.down = True
+        log("stdout", b"the reason is here\n")
+        return 1
+
+    done = ran(FakeEngine(fail), store=flaky)
+
+    assert isinstance(done.result, AlgorithmFailed)
+    assert (done.workspace / "log.txt").read_bytes() == b"the reason is here\n"
+
+
+# The engine fails
+
+
+def fails_times(number, error):
+    """An algorithm whose first runs meet an engine that fails; it leaves a file each time."""
+    calls = []
+
+    def algorithm(job, log):
+        calls.append(job)
+        (host_path(job, "/work/output") / f"{len(calls)}.txt").write_text("x")
+        log("stdout", f"call {len(calls)}\n".encode())
+        if len(calls) <= number:
+            raise error
+        return 0
+
+    return algorithm
+
+
+def test_a_container_that_got_lost_is_run_again_from_a_clean_output_and_log(ran):
+    engine = FakeEngine(fails_times(1, ContainerLost("The container vanished. Run it again.")))
+    done = ran(engine)
+
+    assert done.run["state_type"] == "COMPLETED"
+    assert len(engine.jobs) == 2
+    assert [path.name for path in (done.folder / "data").iterdir()] == ["2.txt"]
+    assert (done.folder / "log.txt").read_bytes() == b"call 2\n"
+
+
+def test_an_engine_that_stays_away_is_asked_three_times_and_the_run_says_so(ran):
+    engine = FakeEngine(fails_times(9, EngineUnavailable("The engine is away. Start it.")))
+    done = ran(engine)
+
+    assert len(engine.jobs) == 3
+    assert isinstance(done.result, EngineUnavailable)
+    assert done.run["state"]["message"] == "The engine is away."
+    assert done.workspace.exists()
+    assert lease.lapsed(done.workspace / "lease", 0)
+    assert "a retry of this run goes on from there" in done.logs(containing="kept for 24 hours")
+
+
+def test_an_engine_error_that_time_does_not_heal_is_not_tried_again(ran):
+    engine = FakeEngine(fails_times(9, EngineError("The engine refuses. Mend it.")))
+    done = ran(engine)
+
+    assert len(engine.jobs) == 1
+    assert done.run["state"]["message"] == "The engine refuses."
+    assert not done.workspace.exists()
+
+
+class BusyRegistry(FakeEngine):
+    """An engine whose registry answers from the third time on."""
+
+    asked = 0
+
+    def prepare(self, image):
+        self.asked += 1
+        if self.asked < 3:
+            raise RegistryUnavailable("The registry is busy. Try again.")
+        return super().prepare(image)
+
+
+def test_a_pull_that_fails_for_the_moment_is_tried_again(ran):
+    engine = BusyRegistry(count)
+
+    assert ran(engine).run["state_type"] == "COMPLETED"
+    assert engine.asked == 3
+
+
+# A retry of the run
+
+
+def test_a_retry_after_the_store_came_back_publishes_and_repeats_nothing(ran, flaky, notes):
+    def count_and_lose_the_store(job, log):
+        FlakyStore.down = True
+        return count(job, log)
+
+    engine = FakeEngine(count_and_lose_the_store)
+    algorithm = Algorithm(docker_image=IMAGE)
+    failed = ran(engine, algorithm, store=flaky)
+    document = f"algorithm-output-{failed.id[:8]}"
+
+    assert failed.run["state_type"] == "FAILED"
+    assert "did not answer" in failed.run["state"]["message"]
+    assert documents.find(Dataset, document) is None
+    assert (failed.workspace / "log.txt").exists()
+
+    FlakyStore.down = False
+    # Whoever stages this again finds nothing.
+    Path(notes.url).rename(f"{notes.url}-moved")
+    done = again(failed, engine, algorithm=algorithm, input_dataset=notes, store=flaky)
+
+    assert done.id == failed.id
+    assert done.run["state_type"] == "COMPLETED"
+    assert done.run["run_count"] == 2
+    assert len(engine.jobs) == 1
+    assert Dataset.load(document).file_count == 3
+    record = json.loads(FlakyStore.store[f"/results/algorithm-output/{done.id}/task.json"].getvalue())
+    assert record["flow_run"]["attempt"] == 2
+    assert not done.workspace.exists()
+
+
+def test_a_retry_whose_workspace_is_gone_does_everything_again(ran, flaky, notes):
+    def count_and_lose_the_store(job, log):
+        FlakyStore.down = len(engine.jobs) == 1
+        return count(job, log)
+
+    engine = FakeEngine(count_and_lose_the_store)
+    algorithm = Algorithm(docker_image=IMAGE)
+    failed = ran(engine, algorithm, store=flaky)
+    for path in sorted(failed.workspace.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    FlakyStore.down = False
+    done = again(failed, engine, algorithm=algorithm, input_dataset=notes, store=flaky)
+
+    assert done.run["state_type"] == "COMPLETED"
+    assert len(engine.jobs) == 2
+
+
+def test_a_flow_with_retries_goes_on_by_itself(here, prefect_server, notes):
+    engine = FakeEngine(fails_times(4, EngineUnavailable("The engine is away. Start it.")))
+    with stand_in(engine):
+        flow = algorithm_task.with_options(retries=1, retry_delay_seconds=0)
+        state = flow(Algorithm(docker_image=IMAGE), notes, return_state=True)
+
+    assert len(engine.jobs) == 5
+    assert [job.attempt for job in engine.jobs] == [1, 1, 1, 2, 2]
+    assert state.is_completed()
+
+
+def test_a_second_process_on_the_same_run_is_refused(ran, notes, here):
+    first = ran(FakeEngine(fails_times(9, EngineUnavailable("The engine is away. Start it."))))
+    engine = FakeEngine()
+    with lease.hold(first.workspace / "lease"):
+        second = again(first, engine, algorithm=Algorithm(docker_image=IMAGE), input_dataset=notes)
+
+    assert second.run["state_type"] == "FAILED"
+    assert "Another process is working on the run" in second.run["state"]["message"]
+    assert engine.jobs == []
+    assert first.workspace.exists()
+
+
+# Secrets
+
+
+def tell(job, log):
+    """Say the secret aloud, in pieces and in both streams, and fail."""
+    value = job.secret_environment["TOKEN"].encode()
+    log("stdout", b"the token is " + value[:5])
+    log("stdout", value[5:] + b"\n")
+    log("stderr", b"! " + value + b"\n")
+    return 1
+
+
+def test_a_secret_is_in_no_log_record_artifact_or_message(ran):
+    Secret(value=SECRET).save("hush", overwrite=True)
+    engine = FakeEngine(tell)
+    done = ran(engine, Algorithm(docker_image=IMAGE, secret_environment={"TOKEN": "hush"}))
+
+    assert engine.jobs[0].secret_environment == {"TOKEN": SECRET}
+    assert SECRET not in repr(engine.jobs[0])
+    assert (done.folder / "log.txt").read_bytes() == b"the token is ***\n! ***\n"
+    assert done.record["secret_environment"] == {"TOKEN": "hush"}
+    told = [
+        (done.folder / "task.json").read_text(),
+        str(done.artifacts),
+        done.logs(containing="ended with exit code 1"),
+        json.dumps(done.run, ensure_ascii=False),
+        str(done.result),
+        repr(done.result),
+    ]
+    assert [text for text in told if SECRET in text or SECRET.encode("unicode_escape").decode() in text] == []
+
+
+def test_a_secret_that_the_engine_quotes_does_not_come_out(ran):
+    Secret(value=SECRET).save("hush", overwrite=True)
+
+    def refuse(job, log):
+        raise EngineError(f"The engine refuses TOKEN={SECRET}. Mend it.")
+
+    done = ran(FakeEngine(refuse), Algorithm(docker_image=IMAGE, secret_environment={"TOKEN": "hush"}))
+
+    assert done.run["state"]["message"] == "The engine refuses TOKEN=***."
+    assert SECRET not in done.logs(containing="The engine refuses")
+
+
+@pytest.mark.parametrize("where", ["store", "dataset", "registry"])
+def test_a_secret_that_arrived_as_asterisks_is_refused_with_advice(ran, tmp_path, notes, where):
+    masked = DatasetStore(url="s3://bucket/x", access_key_id="key", secret_access_key="*" * 8)
+    login = DockerRegistryCredentials(username="me", password="*" * 8, registry_url="registry.example.org")
+    engine = FakeEngine()
+    done = ran(
+        engine,
+        Algorithm(docker_image=DockerImage(image_id="a:1", registry_credentials=login if where == "registry" else None)),
+        Dataset(url="s3://bucket/in", store=masked) if where == "dataset" else notes,
+        store=masked if where == "store" else None,
+    )
+
+    assert isinstance(done.result, DescriptionError)
+    assert "Pass a reference instead" in str(done.result)
+    assert "arrived as asterisks" in done.run["state"]["message"]
+    assert engine.jobs == engine.images == []
+
+
+# What is wrong as written
+
+INLINE = {"docker_image": {"image_id": "a:1"}}
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"parameters": {}}, "`n` is missing and has no default"),
+        ({"parameters": {"n": 1, "m": 2}}, "`m` is unknown (it has `n`, `t`)"),
+        ({"parameters": {"n": 1, "t": 5}}, "`t` is 5 and must be text"),
+        ({"parameters": {"n": [1]}}, "must be text, a number, true or false"),
+        ({"output_name": "Not Good"}, "such as 'not-good'"),
+        ({"output_name": "../up"}, "such as 'up'"),
+        ({"algorithm": "no-such"}, "There is no algorithm document 'no-such'"),
+        ({"dataset": "no-such"}, "There is no dataset document 'no-such'"),
+        ({"store": "no-such"}, "There is no dataset-store document 'no-such'"),
+        ({"algorithm": INLINE | {"prerequisites": [1]}}, "Empty `prerequisites`"),
+        ({"algorithm": INLINE | {"gpu": True}}, "or set gpu: false"),
+        ({"algorithm": INLINE | {"secret_environment": {"A": "no-such"}}}, "Make it in the Prefect UI"),
+        ({"algorithm": INLINE | {"memory": "lots"}}, "such as 512MiB"),
+        ({"algorithm": INLINE | {"working_dir": "/proc/x"}}, "Write another folder, such as /work"),
+        ({"algorithm": INLINE | {"command": "x" * 100_001}}, "Put long scripts into the image"),
+        ({"algorithm": {"docker_image": {}}}, "Write image_id: NAME:TAG"),
+        ({"algorithm": {"docker_image": {"image_id": "gone:1"}}}, "There is no image gone:1."),
+        ({"dataset": {"url": "EMPTY"}}, "Put files there"),
+        ({"dataset": {"url": "EMPTY/none"}}, "Check the address"),
+        ({"dataset": {"url": "FILE"}}, "give the folder that it is in"),
+        ({"store": {"url": "FILE/store"}}, "not there"),
+        ({"dataset": {"url": "EMPTY", "nonsense": 1}}, "Put files there"),
+    ],
+)
+def test_a_run_that_is_wrong_as_written_is_refused_before_any_container_with_advice(ran, tmp_path, notes, options, advice):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("I am a file")
+    options = json.loads(json.dumps(options).replace("EMPTY", str(tmp_path / "empty")).replace("FILE", str(tmp_path / "file")))
+    algorithm = options.pop("algorithm", None)
+    if "parameters" in options:
+        algorithm = Algorithm(docker_image=IMAGE, parameters={"n": None, "t": "text"})
+    engine = FakeEngine(missing=("gone:1",))
+    done = ran(engine, algorithm, options.pop("dataset", None), **options)
+
+    assert done.run["state_type"] == "FAILED"
+    assert advice in str(done.result)
+    assert engine.jobs == []
+    assert not done.workspace.exists()
+    # Nothing is lost, and nothing that was not there before is left where datasets are.
+    assert sorted(path.name for path in Path(notes.url).iterdir()) == ["a.txt", "deep", "empty.txt"]
+
+
+@pytest.mark.parametrize(
+    ("slug", "advice"),
+    [("dataset/wrong-type", "algorithm"), ("algorithm/nowhere", "nowhere")],
+)
+def test_a_reference_to_the_wrong_document_is_refused_with_a_word_on_what_it_must_be(ran, notes, slug, advice):
+    notes.save("wrong-type", overwrite=True)
+    engine = FakeEngine()
+    done = ran(engine, {"$ref": {"block_document_slug": slug}})
+
+    assert done.run["state_type"] == "FAILED"
+    assert advice in done.run["state"]["message"]
+    assert engine.jobs == []
+
+
+def test_the_state_of_a_run_with_an_unknown_document_is_the_first_sentence(ran):
+    done = ran(FakeEngine(), "no-such")
+
+    assert done.run["state"]["message"] == "There is no algorithm document 'no-such'."
+
+
+def test_a_gpu_is_given_where_there_is_one_and_its_number_told(ran):
+    engine = FakeEngine(gpus=2)
+    done = ran(engine, Algorithm(docker_image=IMAGE, gpu=True, gpu_count=2))
+
+    assert done.run["state_type"] == "COMPLETED"
+    assert engine.jobs[0].resources.gpus == 2
+    assert engine.jobs[0].environment["OASIS_GPU_COUNT"] == "2"
+
+
+def test_a_refused_run_leaves_nothing_in_the_store(ran, tmp_path):
+    engine = FakeEngine()
+    done = ran(engine, Algorithm(docker_image=IMAGE, gpu=True), store=DatasetStore(url=str(tmp_path / "store")))
+
+    assert isinstance(done.result, NoGpu)
+    assert list((tmp_path / "store").rglob("*")) == []
+
+
+def test_every_error_of_a_run_is_one_that_the_command_line_has_a_code_for(ran):
+    done = ran(FakeEngine(fails_times(9, ContainerLost("It is lost. Try again."))))
+
+    assert isinstance(done.result, OasisError)
+    assert done.result.exit_code == 3
