@@ -226,11 +226,11 @@ def test_a_success_has_a_document_an_artifact_and_a_readable_run_and_no_workspac
 
 def test_the_container_gets_its_folders_and_exactly_the_described_environment(ran, notes):
     engine = FakeEngine()
-    done = ran(engine, Algorithm(docker_image=IMAGE, environment={"A": "{n}×"}, parameters={"n": 2}, working_dir="/srv/x"))
+    done = ran(engine, Algorithm(docker_image=IMAGE, environment={"A": "{n}€"}, parameters={"n": 2}, working_dir="/srv/x"))
     (job,) = engine.jobs
 
     assert dict(job.environment) == {
-        "A": "2×",
+        "A": "2€",
         "OASIS_PARAMETER_n": "2",
         "OASIS_INPUT": "/srv/x/input",
         "OASIS_OUTPUT": "/srv/x/output",
