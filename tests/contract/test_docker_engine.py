@@ -353,8 +353,9 @@ class TestOwners:
             process.kill()
             process.wait()
             (before,) = containers_of(docker_api, job.run_id)
-            log = Log()
-            ended = docker_engine.run(make_job("sh", "-c", script, run_id=job.run_id), log)
+            log, again = Log(), make_job("sh", "-c", script, run_id=job.run_id)
+            assert docker_engine.find(again)
+            ended = docker_engine.run(again, log)
         assert ended.in_force["container"] == before["Id"]
         assert (ended.reason, ended.exit_code) == (Reason.EXIT_NONZERO, 5)
         assert log.text("stdout") == b"caf\xc3\xa9\xff\0\nend"
@@ -386,6 +387,7 @@ class TestOwners:
         if ending == "killed meanwhile":
             docker_api.kill(container)
         log = Log()
+        assert not docker_engine.find(job)
         ended = docker_engine.run(job, log)
         assert ended.in_force["container"] != container
         assert log.text("stdout") == b"new\n"
