@@ -26,10 +26,19 @@ from oasis_flows.store import Location
 
 HERE = Path(__file__).parent
 IMAGE = "oasis-flows/co2-report:1"
-LIMITS = (
-    "--network=none --read-only --cap-drop=ALL --security-opt=no-new-privileges --pids-limit=1024 --init "
-    "--memory=1g --memory-swap=1g --cpus=1 --tmpfs=/tmp --user=0:0"
-).split()
+LIMITS = [
+    "--network=none",
+    "--read-only",
+    "--cap-drop=ALL",
+    "--security-opt=no-new-privileges",
+    "--pids-limit=1024",
+    "--init",
+    "--memory=1g",
+    "--memory-swap=1g",
+    "--cpus=1",
+    "--tmpfs=/tmp",
+    "--user=0:0",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +143,7 @@ def main() -> None:
         rows = [help_text(), whole_run(folder), publishing(folder, 10_000, 4 << 10), publishing(folder, 2, 512 << 20)]
     header = "| what | ours: median (spread) | beside it | median | ratio | difference |\n|---|---|---|---|---|---|"
     table = "\n".join([header, *map(str, rows)])
-    machine = f"{platform.system()} {platform.release()}, {os.cpu_count()} cpus, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
+    machine = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}, {os.cpu_count()} cpus, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
     (HERE / "results.md").write_text(
         f"# Measured\n\n{machine}\n\nOurs and theirs in turns, in one go; the first turn does not count.\n\n{table}\n"
     )

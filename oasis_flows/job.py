@@ -166,13 +166,21 @@ class ContainerExit:
         times = {name: datetime.fromisoformat(text) for name in ("started_at", "finished_at") if (text := values[name])}
         return cls(**{**values, **times, "reason": Reason(values["reason"])})
 
-    def raise_for_status(self, algorithm: str = "The algorithm", last_lines: Sequence[str] = ()) -> None:
-        """Return if the container succeeded; else raise `AlgorithmFailed` that says what happened and what to do."""
+    def raise_for_status(
+        self, algorithm: str = "The algorithm", last_lines: Sequence[str] = (), log: str | None = None
+    ) -> None:
+        """Return if the container succeeded; else raise `AlgorithmFailed` that says what happened and what to do.
+
+        Args:
+            last_lines: the end of its log, to be quoted.
+            log: where the whole log is.
+        """
         if self.reason is Reason.OK:
             return
         sentence, advice = explain(self)
         said = f" Its last lines: {' | '.join(last_lines)}" if last_lines else " It wrote nothing to its log."
-        raise AlgorithmFailed(f"{algorithm} {sentence}. {advice}{said}", self)
+        where = f" The whole log: {log}" if log and last_lines else ""
+        raise AlgorithmFailed(f"{algorithm} {sentence}. {advice}{said}{where}", self)
 
 
 def explain(exit: ContainerExit) -> tuple[str, str]:

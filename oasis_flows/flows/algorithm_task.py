@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, cast
 from uuid import UUID
 
@@ -108,7 +108,9 @@ def algorithm_task(
             exit = run_container(plan, workspace, here, image=image, input_folder=input_folder)
             published, dataset = _publish(plan, workspace, image, staged, exit)
             _report(plan, workspace, image, staged, exit, published)
-            exit.raise_for_status(f"The algorithm {plan.algorithm_name}", last_lines(workspace.log, 5))
+            exit.raise_for_status(
+                f"The algorithm {plan.algorithm_name}", last_lines(workspace.log, 5), log=f"{plan.output.url}/log.txt"
+            )
     except OasisError as error:
         return cast(Dataset, _failed(error))
     assert dataset is not None  # noqa: S101  # publish_output's promise for a run that succeeded
@@ -145,7 +147,9 @@ def _owned_workspace(plan: Plan, here: Settings) -> Iterator[Workspace]:
                 workspace.remove()
             raise
         except BaseException:
-            open_engine(here).reap(plan.run_id)
+            # An engine that is away now must not turn a cancellation into a failure; the lease tells the reaper.
+            with suppress(OasisError):
+                open_engine(here).reap(plan.run_id)
             raise
         workspace.remove()
 
