@@ -1,0 +1,181 @@
+"""The main job by the fourth way: a person with a browser, in the Prefect UI that opens by default."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect, sync_playwright
+
+from oasis_flows import Algorithm
+from tests.servers.prefect import PrefectServer
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    # Whatever the page's routes do not see (prefetches, say) does not find its host.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
+# A busy machine with two processors takes its time.
+expect.set_options(timeout=20_000)
+PICTURES = Path(__file__).parents[2] / "test-results"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """Debian's browser, with a profile of its own that goes with it."""
+    if not (Path(CHROMIUM).exists() and shutil.which(CHROMIUM)):
+        pytest.fail(f"There is no {CHROMIUM}, which this test drives. Install it: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=60_000)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Browser, deployed: PrefectServer, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """A new visitor's window onto the server's UI; nothing else can be reached. What it saw last is kept."""
+    name = request.node.name.removeprefix("test_")
+    PICTURES.mkdir(exist_ok=True)
+    context: BrowserContext = chromium.new_context(base_url=deployed.url, viewport={"width": 1280, "height": 1200})
+    context.set_default_timeout(20_000)
+
+    def only_the_server(route: Route) -> None:
+        # Block logos and the UI's statistics live elsewhere: a machine without internet has to do without, and so have we.
+        if route.request.url.startswith((f"{deployed.url}/", "data:", "blob:")):
+            route.continue_()
+        else:
+            route.abort()
+
+    context.route("**/*", only_the_server)
+    page = context.new_page()
+    try:
+        yield page
+    finally:
+        page.screenshot(path=PICTURES / f"ui-{name}-last.png")
+        context.close()
+
+
+def picture(page: Page, name: str, *, whole: bool = False) -> None:
+    """Keep what is in sight, or the whole page. A whole one shifts the page, and can make it miss the next click."""
+    page.screenshot(path=PICTURES / f"ui-{name}.png", full_page=whole)
+
+
+def pick(page: Page, block_type: str, document: str) -> None:
+    """Choose a saved document in the picker of its type, which must offer it."""
+    picker = page.get_by_role("group").filter(has=page.get_by_role("img", name=block_type, exact=True))
+    picker.get_by_role("button", name="Select a block").click()
+    page.get_by_role("option", name=document, exact=True).click()
+    expect(picker.get_by_role("button", name="Select a block")).to_have_text(document)
+
+
+def help_below(page: Page, label: str) -> Locator:
+    """The help text below a label of a form."""
+    return page.get_by_role("main").get_by_text(label, exact=True).locator("xpath=following::p[1]")
+
+
+def submit(page: Page) -> None:
+    """Start the run; again where the server's SQLite was locked just then, which the UI calls an unknown error (nothing is started)."""
+    started, busy = page.get_by_role("link", name="View run"), page.get_by_text("Unknown error while creating flow run.")
+    for _ in range(4):
+        page.get_by_role("main").get_by_role("button", name="Submit").click()
+        expect(started.or_(busy).first).to_be_visible()
+        if started.count():
+            return
+        expect(busy).to_have_count(0, timeout=30_000)
+    pytest.fail("The server is too busy to start a run.")
+
+
+def read_log_until(page: Page, text: str) -> None:
+    """Look for a line as a person does: scroll to the end, reload where the page asks no more though lines are still coming in."""
+    log = page.get_by_role("main").get_by_role("log")
+    deadline = time.monotonic() + 30
+    while not log.get_by_text(text).count():
+        assert time.monotonic() < deadline, f"{text!r} is not in the run's log as the UI shows it"
+        page.reload()
+        expect(log.get_by_text("Beginning flow run")).to_be_visible()
+        # Only the rows in sight are in the page, and a row's height is known when it is there.
+        for _ in range(8):
+            log.evaluate("list => { for (let e = list; e; e = e.parentElement) e.scrollTop = e.scrollHeight }")
+            page.wait_for_timeout(100)
+    expect(log.get_by_text(text)).to_be_visible()
+    log.get_by_text(text).evaluate("record => record.scrollIntoView({block: 'end'})")
+
+
+def test_a_person_runs_an_algorithm_in_the_browser(deployed: PrefectServer, worker: object, page: Page) -> None:
+    main = page.get_by_role("main")
+
+    # The form.
+    page.goto("/")
+    page.get_by_role("link", name="Deployments", exact=True).click()
+    row = page.get_by_role("row").filter(has_text="algorithm-task")
+    row.locator("a[href*='/deployments/deployment/']").filter(has_text=re.compile(r"^algorithm-task$")).click()
+    main.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Custom run").click()
+    expect(main.get_by_role("heading", name="Parameters")).to_be_visible()
+    expect(help_below(page, "algorithm")).to_have_text("The algorithm to run.")
+    expect(help_below(page, "input_dataset")).to_have_text("The dataset it reads.")
+    expect(help_below(page, "parameters (Optional)")).to_contain_text("Values for the algorithm's parameters")
+    pick(page, "Algorithm", "co2-report")
+    pick(page, "Dataset", "co2-weekly")
+    picture(page, "form")
+    submit(page)
+
+    # The run, while it happens and when it is done.
+    page.get_by_role("link", name="View run").click()
+    page.wait_for_url("**/runs/flow-run/**")
+    run_id = page.url.partition("/flow-run/")[2].partition("?")[0]
+    main.get_by_role("tab", name="Logs").click()
+    expect(main.get_by_text("Completed", exact=True).first).to_be_visible(timeout=75_000)
+    expect(main.get_by_role("navigation", name="breadcrumb")).to_contain_text("co2-report on co2-weekly")
+    read_log_until(page, "44 files, 2284 weeks")
+    picture(page, "run")
+
+    # What it says about itself.
+    main.get_by_role("tab", name="Artifacts").click()
+    card = main.get_by_role("link").filter(has=page.get_by_role("heading", name="oasis-run", exact=True))
+    expect(card).to_have_count(1)
+    card.click()
+    # The page of the key has the artifacts of all runs; ours is the one beside the link to our run.
+    entry = (
+        main.locator("div").filter(has=page.locator(f"a[href$='{run_id}']")).filter(has=page.locator("a[href*='/artifact/']"))
+    )
+    entry.last.locator("a[href*='/artifact/']").click()
+    expect(main.get_by_role("heading", name=re.compile("Succeeded"))).to_be_visible()
+    expect(main.get_by_role("row").filter(has_text="Algorithm").get_by_text("co2-report", exact=True)).to_be_visible()
+    expect(main.get_by_text("wrote summary.csv, flagged.csv")).to_be_visible()
+    picture(page, "artifact", whole=True)
+
+    assert deployed.api(f"/flow_runs/{run_id}")["state_type"] == "COMPLETED"
+
+
+def test_a_person_describes_an_algorithm_in_the_browser(page: Page) -> None:
+    main = page.get_by_role("main")
+
+    page.goto("/")
+    page.get_by_role("link", name="Blocks", exact=True).click()
+    main.locator("a[href$='/blocks/catalog']").first.click()
+    main.locator("a[href$='/blocks/catalog/algorithm']").click()
+    expect(main.get_by_text("What to run in a container image")).to_be_visible()
+    expect(main.get_by_text("command=")).to_be_visible()
+    main.get_by_role("link", name="Create").click()
+
+    expect(main.get_by_role("group").filter(has=page.get_by_role("img", name="Docker Image", exact=True))).to_be_visible()
+    for name, facts in Algorithm.model_fields.items():
+        if name != "docker_image":
+            label = f"{name.replace('_', ' ').title()} (Optional)"
+            expect(help_below(page, label)).to_have_text(str(facts.description))
+    expect(main.get_by_label("Memory (Optional)")).to_have_value("1GiB")
+    expect(main.get_by_text(str(Algorithm.model_fields["docker_image"].description))).to_be_visible()
+    picture(page, "algorithm-block", whole=True)
