@@ -165,7 +165,7 @@ class Ran:
     def logs(self, *, containing):
         """The run's log records on the server, once one of them has this text: they arrive a little later."""
         wanted = {"logs": {"flow_run_id": {"any_": [self.id]}}, "limit": 200}
-        eventually(lambda: containing in str(self.server.api("/logs/filter", wanted)), 15)
+        eventually(lambda: containing in str(self.server.api("/logs/filter", wanted)), 30)
         return "\n".join(record["message"] for record in self.server.api("/logs/filter", wanted))
 
 
@@ -240,16 +240,6 @@ def test_the_container_gets_its_folders_and_exactly_the_described_environment(ra
     assert [(m.target, m.read_only) for m in job.mounts] == [("/srv/x/input", True), ("/srv/x/output", False)]
     assert job.mounts[0].source == Path(notes.url)
     assert (job.run_id, job.attempt, job.working_dir) == (done.id, 1, "/srv/x")
-
-
-def test_the_same_task_run_twice_gives_two_datasets(ran):
-    engine = FakeEngine(count)
-    first, second = ran(engine), ran(engine)
-
-    assert first.folder != second.folder
-    assert first.result._block_document_name != second.result._block_document_name
-    assert all((done.folder / "manifest.jsonl").exists() for done in (first, second))
-    assert first.result.manifest_digest == second.result.manifest_digest
 
 
 def test_a_later_run_of_the_same_output_name_replaces_the_document_and_no_data(ran, notes):
