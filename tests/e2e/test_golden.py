@@ -10,7 +10,7 @@ from prefect.blocks.system import Secret
 
 from oasis_flows import documents, store
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
-from oasis_flows.errors import AlgorithmFailed, StoreUnavailable, UnsafeName
+from oasis_flows.errors import AlgorithmFailed, DescriptionError, StoreUnavailable, UnsafeName
 from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.plan import location
 from oasis_flows.running import open_log
@@ -333,12 +333,25 @@ def test_a_secret_reaches_the_container_and_nothing_that_is_kept(ran, image, pre
     assert [text for text in everything if SECRET in text] == []
 
 
-@pytest.mark.parametrize("size", [130_000, 200_000])
-def test_a_parameter_longer_than_a_kernel_takes_is_explained(ran, image, size):
-    done = ran(Algorithm(docker_image=image, command="true", parameters={"list": None}), parameters={"list": "x" * size})
+def test_a_word_as_long_as_the_kernel_takes_arrives(ran, image):
+    given = {"text": "x" * 130_000}
+    done = ran(
+        Algorithm(docker_image=image, command=["sh", "-c", "echo ${#1}", "sh", "{text}"], parameters={"text": None}),
+        parameters=given,
+    )
 
-    if done.run["state_type"] != "COMPLETED":
-        assert "too long" in str(done.result).lower() or "longer" in str(done.result).lower()
+    assert done.log == b"130000\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "value"),
+    [("true", "x" * 200_000), (["echo", "\u65e5" * 90_000], "x")],
+    ids=["a parameter", "a word of three-byte characters"],
+)
+def test_a_word_that_no_kernel_takes_is_the_descriptions_fault_and_not_the_algorithms(ran, image, command, value):
+    done = ran(Algorithm(docker_image=image, command=command, parameters={"text": None}), parameters={"text": value})
+
+    assert isinstance(done.result, DescriptionError), str(done.result)[:500]
 
 
 @pytest.fixture

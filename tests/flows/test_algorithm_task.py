@@ -531,6 +531,16 @@ def test_a_flow_with_retries_goes_on_by_itself(here, prefect_server, notes):
     assert state.is_completed()
 
 
+def test_a_flow_with_retries_does_not_repeat_an_algorithm_that_failed(here, prefect_server, notes):
+    engine = FakeEngine(ends(3))
+    with stand_in(engine):
+        flow = algorithm_task.with_options(retries=1, retry_delay_seconds=0)
+        state = flow(Algorithm(docker_image=IMAGE), notes, return_state=True)
+
+    assert len(engine.jobs) == 1
+    assert state.is_failed()
+
+
 def test_a_second_process_on_the_same_run_is_refused(ran, notes, here):
     first = ran(FakeEngine(fails_times(9, EngineUnavailable("The engine is away. Start it."))))
     engine = FakeEngine()
