@@ -230,25 +230,26 @@ class Algorithm(Block):
         default_factory=dict,
         description="Environment variables whose values are secret: variable name to the name of a Prefect Secret block.",
     )
-    gpu: bool = Field(default=False, description="Does it need a GPU.")
+    gpu: bool = Field(default=False, description="It needs a GPU; where the engine has none, a run is refused at once.")
     gpu_count: int | Literal["all"] = Field(default=1, description="How many GPUs, when it needs any; or all.")
     cpus: float = Field(default=1, description="Hard limit of processors; 0.5 is half of one.")
     memory: str = Field(default="1GiB", description="Hard limit of memory, such as 512MiB or 8GiB; there is no swap beyond it.")
     shm_size: str | None = Field(default=None, description="Size of /dev/shm, such as 1GiB; PyTorch's data loaders need it.")
     timeout_seconds: float | None = Field(default=None, description="Hard limit of its running time. Empty: none.")
-    network: bool = Field(default=False, description="May it use the network.")
+    network: bool = Field(default=False, description="It may use the network.")
     user: str | None = Field(
         default=None, description="User it runs as, such as 1000:1000. Empty: the worker's own user and group."
     )
     working_dir: str = Field(default="/work", description="Folder it starts in; input and output are below it.")
     parameters: dict[str, Scalar | None] = Field(
-        default_factory=dict, description="Parameter names and defaults; a null default means that each run must give a value."
+        default_factory=dict,
+        description='Parameter names and defaults, such as {"threshold": 0.5}; a null default means that each run must give a value.',
     )
     prerequisites: list[Any] = Field(default_factory=list, description="What must be in place before it runs.")
     writable_root: bool = Field(
-        default=False, description="May it write anywhere in its own file system, not only to output and /tmp."
+        default=False, description="It may write anywhere in its own file system, not only to output and /tmp."
     )
-    new_privileges: bool = Field(default=False, description="May its programs gain privileges, as sudo does.")
+    new_privileges: bool = Field(default=False, description="Its programs may gain privileges, as sudo does.")
     capabilities: list[str] = Field(
         default_factory=list, description="Linux capabilities it keeps, such as SYS_PTRACE; by default none."
     )

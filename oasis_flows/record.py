@@ -41,7 +41,7 @@ def task_json(
         "output": {"name": plan.document_name, "url": plan.output.url, **_summary(published)},
         "sandbox": {"loosened": loosened(plan), "in_force": exit.in_force},
         "exit": {name: value for name, value in exit.to_json().items() if name != "in_force"},
-        "seconds": dict(seconds),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
 
 
@@ -68,20 +68,24 @@ def page(
     image: str,
     staged: Summary,
     exit: ContainerExit,
-    published: Summary,
+    published: Summary | None,
     seconds: Mapping[str, float],
     tail: Sequence[str],
 ) -> str:
-    """The page about a run, in Markdown: what became of it, and where everything is."""
+    """The page about a run, in Markdown: what became of it, and where everything is.
+
+    `published` is `None` when nothing could be kept. `tail` holds the last lines of the log.
+    """
     sentence, advice = explain(exit)
     state = "Completed" if exit.reason is Reason.OK else "Failed"
     stages = ", ".join(f"{name.replace('_', ' ')} {value:.1f} s" for name, value in seconds.items())
+    source = plan.image.image_id or plan.image.image_file or ""
     rows = [
-        ("Algorithm", f"`{plan.algorithm_name}`"),
-        ("Image", f"`{image}`"),
-        ("Input", f"`{plan.dataset_name}`: {staged.file_count} files, {human_bytes(staged.size_bytes)}"),
-        ("Output", f"`{plan.output.url}`: {published.file_count} files, {human_bytes(published.size_bytes)}"),
-        ("Log and record", f"`{plan.output.url}/log.txt`, `{plan.output.url}/task.json`"),
+        ("Status", f"{oasis_status(exit)} (Prefect says {state})"),
+        ("Algorithm", f"`{plan.algorithm_name}`" + "".join(f", {name} = `{value}`" for name, value in plan.parameters.items())),
+        ("Image", f"`{source}`, `{_short(image)}`"),
+        ("Input", f"`{plan.dataset_name}`: {_counted(staged)}"),
+        *_output_rows(plan, exit, published),
         ("Time", stages),
         ("Peak memory", f"{human_bytes(exit.memory_peak_bytes)} of {human_bytes(exit.memory_limit_bytes)}"),
         ("Sandbox", f"loosened: {', '.join(loosened(plan))}" if loosened(plan) else "closed"),
@@ -89,7 +93,30 @@ def page(
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     fence = "~" * (max((len(line) - len(line.lstrip("~")) for line in tail), default=0) + 4)
     log = "\n".join([fence, *tail, fence]) if tail else "The algorithm wrote nothing to its log."
-    return f"## {oasis_status(exit)} ({state}): {plan.algorithm_name} {sentence}\n\n{advice}\n\n| | |\n|---|---|\n{table}\n\n### The log's last lines\n\n{log}\n"
+    what = f"## {plan.algorithm_name} {sentence}\n\n{advice}\n\n| | |\n|---|---|\n{table}\n"
+    return f"{what}\n### The log's last lines\n\n{log}\n"
+
+
+def _output_rows(plan: Plan, exit: ContainerExit, published: Summary | None) -> list[tuple[str, str]]:
+    if published is None:
+        return [("Output", "nothing could be kept; the run's log says why")]
+    named = (
+        f"dataset `{plan.document_name}`" if exit.reason is Reason.OK else "no dataset; what there was is kept to be looked at"
+    )
+    return [
+        ("Output", f"{named}: {_counted(published)}"),
+        ("Files, log, record", f"`{plan.output.url}`/`data`, `log.txt`, `task.json`"),
+    ]
+
+
+def _counted(summary: Summary) -> str:
+    return f"{summary.file_count} files, {human_bytes(summary.size_bytes)}"
+
+
+def _short(image: str) -> str:
+    """The reference with as much of its digest as tells it apart; the record has all of it."""
+    name, found, digest = image.partition("sha256:")
+    return f"{name}{found}{digest[:12]}" if found else image
 
 
 def _cell(text: str) -> str:

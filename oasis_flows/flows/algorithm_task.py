@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 from prefect.logging import get_run_logger
 from prefect.states import Failed
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 from .. import documents, lease, settings
 from ..blocks import Algorithm, Dataset, DatasetStore
@@ -27,7 +27,7 @@ from ..machine import open_engine
 from ..manifest import Summary
 from ..plan import Plan, plan_run
 from ..reaper import reap
-from ..record import page
+from ..record import oasis_status, page
 from ..settings import Settings
 from ..tasks import MARKER_RUN, prepare_image, publish_output, run_container, stage_input, stage_seconds
 from ..workspace import Workspace, open_workspace
@@ -38,6 +38,10 @@ LABEL_OUTPUT, LABEL_HOST = "oasis.output", "oasis.host"
 def _or_name(block_type: type[Block]) -> BeforeValidator:
     """Let a Python caller pass a document's name where a block is asked for."""
     return BeforeValidator(lambda value: documents.load(block_type, value) if isinstance(value, str) else value)
+
+
+# Prefect's form shows a JSON editor for a value of no particular type, and nothing to type into for `object or null`.
+_JSON_EDITOR = WithJsonSchema({})
 
 
 def _run_name() -> str:
@@ -68,17 +72,18 @@ def algorithm_task(
     *,
     output_name: str | None = None,
     store: Annotated[DatasetStore | None, _or_name(DatasetStore)] = None,
-    parameters: dict[str, Any] | None = None,
+    parameters: Annotated[dict[str, Any] | None, _JSON_EDITOR] = None,
 ) -> Dataset:
     """Run an algorithm on a dataset, and publish what it writes as a new dataset.
 
     Args:
         algorithm: The algorithm to run.
         input_dataset: The dataset it reads.
-        output_name: Name of the output's Dataset document; a later run under the same name replaces the document, never the data.
-            Empty: a new name for each run.
-        store: Where the output is published. Empty: the store named `default`, or a folder of the worker's machine.
-        parameters: Values for the algorithm's parameters; what is left out has its default.
+        output_name: Name of the output's Dataset document. A later run under the same name replaces the document, never the
+            data. Left at None, each run makes a new name.
+        store: Where the output is published. Left at None, that is the store document named default, or else a folder of the
+            worker's machine.
+        parameters: Values for the algorithm's parameters, such as {"threshold": 2.0}. What is left out has its default.
 
     Returns:
         The published dataset.
@@ -182,18 +187,18 @@ def _publish(
 def _report(
     plan: Plan, workspace: Workspace, image: str, staged: Summary, exit: ContainerExit, published: Summary | None
 ) -> None:
-    """The run's page and the table of its output files, as Prefect artifacts."""
-    nothing = Summary(file_count=0, size_bytes=0, digest=None)
+    """The run's page, as a Prefect artifact."""
     text = page(
         plan,
         image=image,
         staged=staged,
         exit=exit,
-        published=published or nothing,
+        published=published,
         seconds=stage_seconds(workspace),
         tail=last_lines(workspace.log, 30),
     )
-    create_markdown_artifact(text, key="oasis-run", description=f"{plan.algorithm_name} on {plan.dataset_name}")
+    what = f"{oasis_status(exit)}: {plan.algorithm_name} on {plan.dataset_name}, output {plan.document_name}"
+    create_markdown_artifact(text, key="oasis-run", description=what)
 
 
 def _failed(error: OasisError) -> State[Any]:

@@ -129,6 +129,7 @@ def test_a_person_runs_an_algorithm_in_the_browser(deployed: PrefectServer, work
     expect(help_below(page, "parameters (Optional)")).to_contain_text("Values for the algorithm's parameters")
     pick(page, "Algorithm", "co2-report")
     pick(page, "Dataset", "co2-weekly")
+    main.locator(".cm-content").last.fill('{"threshold": 2.0}')
     picture(page, "form")
     submit(page)
 
@@ -152,12 +153,16 @@ def test_a_person_runs_an_algorithm_in_the_browser(deployed: PrefectServer, work
         main.locator("div").filter(has=page.locator(f"a[href$='{run_id}']")).filter(has=page.locator("a[href*='/artifact/']"))
     )
     entry.last.locator("a[href*='/artifact/']").click()
-    expect(main.get_by_role("heading", name=re.compile("Succeeded"))).to_be_visible()
+    expect(main.get_by_role("heading", name=re.compile("co2-report succeeded after"))).to_be_visible()
+    expect(main.get_by_role("row").filter(has_text="Status")).to_contain_text("Succeeded")
     expect(main.get_by_role("row").filter(has_text="Algorithm").get_by_text("co2-report", exact=True)).to_be_visible()
+    expect(main.get_by_role("row").filter(has_text="Algorithm")).to_contain_text("threshold = 2.0")
     expect(main.get_by_text("wrote summary.csv, flagged.csv")).to_be_visible()
     picture(page, "artifact", whole=True)
 
-    assert deployed.api(f"/flow_runs/{run_id}")["state_type"] == "COMPLETED"
+    run = deployed.api(f"/flow_runs/{run_id}")
+    assert run["state_type"] == "COMPLETED"
+    assert run["parameters"]["parameters"] == {"threshold": 2.0}
 
 
 def test_a_person_describes_an_algorithm_in_the_browser(page: Page) -> None:
