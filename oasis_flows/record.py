@@ -78,7 +78,7 @@ def page(
     """
     sentence, advice = explain(exit)
     state = "Completed" if exit.reason is Reason.OK else "Failed"
-    stages = ", ".join(f"{name.replace('_', ' ')} {value:.1f} s" for name, value in seconds.items())
+    stages = ", ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in seconds.items())
     source = plan.image.image_id or plan.image.image_file or ""
     rows = [
         ("Status", f"{oasis_status(exit)} (Prefect says {state})"),
