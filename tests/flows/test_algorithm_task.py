@@ -218,7 +218,7 @@ def test_a_success_has_a_document_an_artifact_and_a_readable_run_and_no_workspac
     assert set(run["tags"]) >= {"algorithm:algorithm", f"dataset:{notes.url}"}
     assert (document.url, document.file_count, document.size_bytes) == (str(done.folder), 3, 3)
     assert document.manifest_digest == done.result.manifest_digest == done.record["output"]["manifest_digest"]
-    assert "Succeeded (Completed)" in done.artifacts["oasis-run"]
+    assert "Succeeded (Prefect says Completed)" in done.artifacts["oasis-run"]
     assert "counted a.txt" in done.artifacts["oasis-run"]
     assert "counted a.txt" in done.logs(containing="the end")
     assert not done.workspace.exists()
@@ -346,7 +346,7 @@ def test_a_failed_algorithm_is_explained_kept_for_a_look_and_no_dataset(ran, exi
     assert (folder / "log.txt").read_bytes() == b"it began well\n"
     assert done.record["status"] == "Failed"
     assert documents.find(Dataset, done.record["output"]["name"]) is None
-    assert "Failed (Failed)" in done.artifacts["oasis-run"]
+    assert "| Status | Failed (Prefect says " in done.artifacts["oasis-run"]
     assert not done.workspace.exists()
 
 
