@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     options = _parser().parse_args(arguments)
     if getattr(options, "follow", False) is False:
-        # Without --follow a terminal shows results; Prefect's own lines only where something is wrong.
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL" if options.command == "run" else "WARNING")
+        # Without --follow a terminal shows results; what goes wrong is said once, below.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     # Without a server Prefect starts a temporary one, which makes its database first: that can take longer than its 20 s.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     from . import console
@@ -54,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # the border: whatever it was, people get a sentence and a code
         if os.environ.get("OASIS_FLOWS_TRACEBACK"):
             raise
-        print(f"oasis-flows: {console.translated(error)}", file=sys.stderr)
-        return INFRASTRUCTURE_FAILED
+        message, code = console.translated(error)
+        print(f"oasis-flows: {message}", file=sys.stderr)
+        return code
 
 
 def _parser() -> argparse.ArgumentParser:

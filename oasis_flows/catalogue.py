@@ -22,7 +22,7 @@ from prefect.blocks.system import Secret
 from pydantic import SecretStr, ValidationError
 
 from .blocks import Algorithm, Dataset, DatasetStore, DockerImage
-from .errors import DescriptionError
+from .errors import InvalidDocument
 
 BLOCK_TYPES: Mapping[str, type[Block]] = {
     block.get_block_type_slug(): block for block in (DockerImage, DatasetStore, Dataset, Algorithm)
@@ -30,12 +30,6 @@ BLOCK_TYPES: Mapping[str, type[Block]] = {
 _REFERENCE = re.compile(r"\{\{\s*prefect\.blocks\.([a-z0-9-]+)\.([a-z0-9-]+)\s*\}\}")
 
 Outcome = Literal["created", "updated", "unchanged"]
-
-
-class InvalidDocument(DescriptionError):
-    """One or more files of a catalogue are wrong; the message has a line for each problem."""
-
-    code = "invalid_document"
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,8 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML as usual, but a key that comes twice is an error instead of a lost value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} comes twice", node.start_mark)
         return super().construct_mapping(node, deep)
@@ -123,7 +118,12 @@ class _UniqueKeys(yaml.SafeLoader):
 def _load_all(folder: Path, problems: list[str]) -> Iterator[Document]:
     if not folder.is_dir():
         raise InvalidDocument(f"There is no folder {folder}. Give the folder that holds docker-image/, algorithm/ and so on.")
-    for path in sorted(folder.glob("*/*")):
+    paths = sorted(folder.glob("*/*"))
+    if not paths:
+        raise InvalidDocument(
+            f"The folder {folder} holds no documents. They are files such as {folder}/algorithm/detect-ships.yaml."
+        )
+    for path in paths:
         slug, name = path.parent.name, path.stem
         if slug not in BLOCK_TYPES:
             problems.append(f"{path}: {slug!r} is no block type. The folders are {', '.join(BLOCK_TYPES)}.")
@@ -187,8 +187,9 @@ def _resolved(document: Document, field: str, documents: Mapping[str, Document],
     wanted = _block_or_secret(document, field)
     reference = document.references.get(field)
     if wanted is None:
-        if reference:
-            return "a reference to another document cannot stand here. Write the value itself.", value
+        if _REFERENCE.search(str(value)):
+            secret = " For a secret, name its block in secret_environment." if field == "environment" else ""
+            return f"a reference to another document cannot stand here. Write the value itself.{secret}", value
         return "", value
     slug = "secret" if wanted is SecretStr else cast(type[Block], wanted).get_block_type_slug()
     if reference is None:

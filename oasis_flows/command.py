@@ -19,6 +19,9 @@ Scalar = str | int | float | bool
 MAX_COMMAND_CHARACTERS = 100_000
 VARIABLE_PREFIX = "OASIS_PARAMETER_"
 
+# Linux: MAX_ARG_STRLEN, the end of the string included.
+MAX_WORD_BYTES = 131_071
+
 _SHELLS = frozenset({"sh", "bash", "dash", "ash", "ksh", "zsh"})
 _TAKES_A_WORD = frozenset({"-o", "+o", "-O", "+O"})
 
@@ -54,6 +57,21 @@ def _too_long(field: str, count: int) -> str:
         f"`{field}` has {count} characters, and {MAX_COMMAND_CHARACTERS} are the limit. "
         "Put long scripts into the image and lists of files into the dataset."
     )
+
+
+def check_sizes(argv: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Return if a kernel takes these words and variables.
+
+    Raises:
+        DescriptionError: one is too long.
+    """
+    said = [(word, f"The argument {word[:40]!r}…") for word in argv]
+    said += [(f"{name}={value}", f"The variable {name}") for name, value in environment.items()]
+    for text, what in said:
+        if len(text.encode()) > MAX_WORD_BYTES:
+            raise DescriptionError(
+                f"{what} has {len(text.encode())} bytes, and Linux takes {MAX_WORD_BYTES}. Put long texts and lists of files into the dataset."
+            )
 
 
 def bind(declared: Mapping[str, Scalar | None], given: Mapping[str, object]) -> dict[str, Scalar]:

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +19,10 @@ from .command import from_text
 from .doctor import examine
 from .errors import DescriptionError, OasisError
 from .flows.algorithm_task import algorithm_task
-from .job import human_bytes
+from .job import counted, human_bytes
 from .manifest import Entry, Tally, to_line
 from .plan import checked_name, location
-from .running import follow, open_log
+from .running import follow, open_log, split_lines
 
 Options = argparse.Namespace
 
@@ -69,7 +70,7 @@ def dataset_add(options: Options) -> int:
     dataset = Dataset(url=url, store=store)
     tally = Tally()
     with _Bar("found") as bar:
-        for entry in stores.scan(location(dataset), hash="://" not in url):
+        for entry in stores.scan(location(dataset), hash=location(dataset).is_local):
             tally.add(entry)
             bar.show(tally.file_count, None, tally.size_bytes)
     found = tally.summary()
@@ -80,9 +81,9 @@ def dataset_add(options: Options) -> int:
     )
     dataset.save(options.name, overwrite=True)
     if options.json:
-        print(json.dumps({"name": options.name, "url": url, "file_count": found.file_count, "size_bytes": found.size_bytes}))
+        print(json.dumps({"name": options.name, "url": url, **asdict(found)}))
     else:
-        print(f"dataset/{options.name}: {found.file_count} files, {human_bytes(found.size_bytes)} in {url}")
+        print(f"dataset/{options.name}: {counted(found.file_count, 'file')}, {human_bytes(found.size_bytes)} in {url}")
     return 0
 
 
@@ -96,7 +97,7 @@ def dataset_get(options: Options) -> int:
     dataset = documents.load(Dataset, options.name)
     with _Bar("copied") as bar:
         found = stores.fetch_to(location(dataset), Path(options.folder), progress=bar.show)
-    print(f"{found.file_count} files, {human_bytes(found.size_bytes)} in {options.folder}")
+    print(f"{counted(found.file_count, 'file')}, {human_bytes(found.size_bytes)} in {options.folder}")
     return 0
 
 
@@ -112,7 +113,7 @@ def log(options: Options) -> int:
     left = options.head
     for chunk in chunks:
         if left is not None:
-            lines = chunk.splitlines(keepends=True)[:left]
+            lines = split_lines(chunk)[:left]
             left -= sum(line.endswith(b"\n") for line in lines)
             chunk = b"".join(lines)
         sys.stdout.buffer.write(chunk)
@@ -150,14 +151,15 @@ def doctor(options: Options) -> int:
     return 0 if healthy else 3
 
 
-def translated(error: Exception) -> str:
-    """A sentence for an exception that is not ours."""
+def translated(error: Exception) -> tuple[str, int]:
+    """A sentence and an exit code for an exception that is not ours."""
     text = " ".join(str(error).split())
     if type(error).__module__.startswith("pydantic"):
-        return f"{'; '.join(catalogue.problems_of(cast(Any, error)))}."
+        return f"{'; '.join(catalogue.problems_of(cast(Any, error)))}.", 2
     if type(error).__module__.startswith(("httpx", "httpcore")):
-        return f"the Prefect server does not answer ({type(error).__name__}: {text}). Check PREFECT_API_URL, or start one: prefect server start."
-    return f"{type(error).__name__}: {text}. Set OASIS_FLOWS_TRACEBACK=1 to see where."
+        advice = "Check PREFECT_API_URL, or start one: prefect server start."
+        return f"the Prefect server does not answer ({type(error).__name__}: {text}). {advice}", 3
+    return f"{type(error).__name__}: {text}. Set OASIS_FLOWS_TRACEBACK=1 to see where.", 3
 
 
 def _pairs(written: list[str]) -> dict[str, str]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
+from prefect.exceptions import ParameterTypeError
+from prefect.flows import Flow
 
 from .errors import DescriptionError
 
 AnyBlock = TypeVar("AnyBlock", bound=Block)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def load(block_type: type[AnyBlock], name: str) -> AnyBlock:
@@ -31,6 +36,11 @@ def load(block_type: type[AnyBlock], name: str) -> AnyBlock:
     )
 
 
+def resolved(block_type: type[AnyBlock], given: AnyBlock | str) -> AnyBlock:
+    """The document itself, where a name may have been given in its place; raises as `load`."""
+    return load(block_type, given) if isinstance(given, str) else given
+
+
 def find(block_type: type[AnyBlock], name: str) -> AnyBlock | None:
     """The document of this type and name, or `None`."""
     try:
@@ -46,3 +56,28 @@ def names(block_type: type[Block]) -> list[str]:
     with get_client(sync_client=True) as client:
         found = client.read_block_documents_by_type(block_type.get_block_type_slug())
     return sorted(document.name for document in found if document.name)
+
+
+class DocumentFlow(Flow[P, R]):
+    """A flow whose parameters refer to documents, and which says what is wrong with a reference."""
+
+    def validate_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The parameters with their references resolved.
+
+        Raises:
+            DescriptionError: a document does not exist or is of another type; or a value is wrong.
+        """
+        try:
+            return super().validate_parameters(parameters)
+        except ParameterTypeError as error:
+            # Prefect keeps the reason of an unresolved reference in the cause, and only there.
+            why = " ".join(str(error.__cause__ or error).split())
+            raise DescriptionError(
+                f"The parameters cannot be used: {why}. A reference to a document is written "
+                '{"$ref": {"block_document_slug": "TYPE/NAME"}}, and NAME must exist: `prefect block ls` lists them.'
+            ) from error
+
+
+def document_flow(**options: Any) -> Callable[[Callable[P, R]], DocumentFlow[P, R]]:
+    """Prefect's `flow` decorator, for a `DocumentFlow`."""
+    return lambda function: DocumentFlow(function, **options)

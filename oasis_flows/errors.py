@@ -3,7 +3,8 @@
     OasisError
     ├── DescriptionError         fix the description; trying again cannot help
     │   ├── ImageNotFound            no registry has it under that name
-    │   └── InvalidImageFile         the archive is not one usable image
+    │   ├── InvalidImageFile         the archive is not one usable image
+    │   └── InvalidDocument          files of a catalogue are wrong
     ├── DatasetError             fix the data or the store
     │   ├── DatasetNotFound          nothing there, or a run that never published
     │   ├── UnsafeName               a file name or link that cannot be carried safely
@@ -18,7 +19,8 @@
     │   ├── UnsupportedByEngine      it cannot do what the description asks for
     │   │   └── NoGpu
     │   └── ContainerLost *          it vanished before its exit was known
-    └── AlgorithmFailed          it ran and failed: read its log
+    ├── RunInUse                 another process works on this very run
+    └── AlgorithmFailed          it ran and failed: read its log; its code is the reason of its exit
 
 `*` marks `transient`: the same call may succeed later, and the tasks try again. A message says what happened to which
 object, why (the outside world's words quoted), and what to do. The first sentence stands alone: it becomes the message
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 class OasisError(Exception):
     """Root of the tree. `code` is stable; `exit_code` is what the command line ends with."""
 
-    code: ClassVar[str] = "error"
+    code: str = "error"
     transient: ClassVar[bool] = False
     exit_code: ClassVar[int] = 3
 
@@ -58,6 +60,12 @@ class InvalidImageFile(DescriptionError):
     """The archive cannot be used as one image."""
 
     code = "image_invalid"
+
+
+class InvalidDocument(DescriptionError):
+    """One or more files of a catalogue are wrong; the message has a line for each problem."""
+
+    code = "invalid_document"
 
 
 class DatasetError(OasisError):
@@ -153,15 +161,21 @@ class ContainerLost(EngineError):
     transient = True
 
 
-class AlgorithmFailed(OasisError):
-    """The container ran and did not succeed. `exit` says how it ended."""
+class RunInUse(OasisError):
+    """Another process works on this very run."""
 
-    code = "exit_nonzero"
+    code = "run_in_use"
+
+
+class AlgorithmFailed(OasisError):
+    """The container ran and did not succeed. `exit` says how it ended, and its reason is the code."""
+
     exit_code = 1
 
     def __init__(self, message: str, exit: ContainerExit) -> None:
         super().__init__(message)
         self.exit = exit
+        self.code = exit.reason.value
 
     def __reduce__(self) -> tuple[type[AlgorithmFailed], tuple[str, ContainerExit]]:
         """Pickle with both arguments: Prefect stores and rebuilds exceptions."""

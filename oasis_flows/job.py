@@ -153,7 +153,8 @@ class ContainerExit:
         """How long the container ran; 0 when it never started."""
         if self.started_at is None or self.finished_at is None:
             return 0.0
-        return (self.finished_at - self.started_at).total_seconds()
+        # A container that ends at once can have been seen to end before it was seen to start.
+        return max(0.0, (self.finished_at - self.started_at).total_seconds())
 
     def to_json(self) -> dict[str, object]:
         """The exit as JSON values; `from_json` reads them back."""
@@ -240,6 +241,11 @@ def parse_bytes(text: str) -> int:
         raise DescriptionError(f"{text!r} is not a size. Write a number and a unit, such as 512MiB, 2GiB or 4GB.")
     unit = found[2] or ""
     return int(float(found[1]) * _UNITS["k" if unit == "K" else unit])
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun: "1 file", "2 files"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def human_bytes(count: int | None) -> str:

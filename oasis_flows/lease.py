@@ -14,13 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import OasisError
-
-
-class RunInUse(OasisError):
-    """Another process works on this very run."""
-
-    code = "run_in_use"
+from .errors import RunInUse
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What one run is going to do, decided and checked before anything starts.
 
 `plan_run` refuses whatever can be known to be wrong without touching the data: names, parameters, secrets that do not
-exist, a store that cannot be written.
+exist, a GPU that is not there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prefect.blocks.system import Secret
 
-from . import command as commands, documents, store as stores
+from . import command as commands, documents
 from .blocks import Algorithm, Dataset, DatasetStore, DockerImage
 from .command import Scalar
 from .errors import DescriptionError, NoGpu
@@ -29,7 +29,7 @@ from .workspace import Workspace
 class Plan:
     """One run: what goes in, what runs, and where what comes out is published.
 
-    `document_name` is what the output's Dataset document will be called. `argv` holds entrypoint and command with their
+    `output` is a folder of the store's `root`. `document_name` is what the output's Dataset document will be called. `argv` holds entrypoint and command with their
     parameters filled in; `None` leaves the image's own.
     """
 
@@ -43,6 +43,7 @@ class Plan:
     output_name: str
     document_name: str
     source: Location
+    root: Location
     output: Location
     parameters: Mapping[str, Scalar]
     entrypoint: tuple[str, ...] | None
@@ -71,7 +72,7 @@ def plan_run(
 
     Raises:
         DescriptionError: something is wrong as written.
-        DatasetError: the store cannot be written.
+        NoGpu: it needs one, and this machine's engine has none.
     """
     if algorithm.prerequisites:
         raise DescriptionError(
@@ -84,13 +85,14 @@ def plan_run(
     output = Location(f"{root}/{folder}/{run_id}", options_of(store))
     document = output_name or f"{folder}-{run_id[:8]}"
     _check_not_taken(document, f"{root}/{folder}/")
-    stores.check_writable(Location(root, options_of(store)))
     if algorithm.gpu and open_engine(settings).describe().gpu is None:
         raise NoGpu(
             f"The algorithm {name} needs a GPU and the engine of this machine has none to give. Run it on a work pool with GPUs; or install "
             "NVIDIA's driver and the NVIDIA Container Toolkit here (nvidia-ctk runtime configure), or set gpu: false."
         )
     entrypoint, command = _argv(algorithm, values)
+    environment = {name: commands.render_text(text, values) for name, text in algorithm.environment.items()}
+    commands.check_sizes((*(entrypoint or ()), *(command or ())), environment | commands.variables(values))
     return Plan(
         run_id=run_id,
         attempt=attempt,
@@ -102,11 +104,12 @@ def plan_run(
         output_name=folder,
         document_name=document,
         source=location(dataset),
+        root=Location(root, options_of(store)),
         output=output,
         parameters=values,
         entrypoint=entrypoint,
         command=command,
-        environment={name: commands.render_text(text, values) for name, text in algorithm.environment.items()},
+        environment=environment,
         secrets={variable: _secret(variable, block) for variable, block in algorithm.secret_environment.items()},
     )
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from .job import ContainerExit, Reason, explain, human_bytes
+from .errors import DatasetError, UnsafeName
+from .job import ContainerExit, Reason, counted, explain, human_bytes
 from .manifest import Summary
 from .plan import Plan
 
@@ -22,14 +23,17 @@ def task_json(
     published: Summary,
     seconds: Mapping[str, float],
     flow_run: Mapping[str, str],
+    refused: UnsafeName | None = None,
 ) -> dict[str, Any]:
-    """The record of a run. Of the environment it has names only, of secrets the names of their blocks."""
-    sentence, advice = explain(exit)
+    """The record of a run. Of the environment it has names only, of secrets the names of their blocks.
+
+    `refused` says why what a successful container wrote cannot be a dataset.
+    """
     return {
         "oasis_flows": RECORD_VERSION,
         "package_version": version("oasis-flows"),
-        "status": oasis_status(exit),
-        "verdict": {"code": exit.reason.value, "sentence": f"{plan.algorithm_name} {sentence}.", "advice": advice},
+        "status": oasis_status(exit, refused),
+        "verdict": _verdict(plan, exit, refused),
         "flow_run": {**flow_run, "attempt": plan.attempt},
         "algorithm": {"name": plan.algorithm_name, "document": _document(plan)},
         "image": image,
@@ -45,9 +49,20 @@ def task_json(
     }
 
 
-def oasis_status(exit: ContainerExit) -> str:
-    """The word RD-OASIS had for it."""
-    return "Succeeded" if exit.reason is Reason.OK else "Failed"
+def oasis_status(exit: ContainerExit, problem: DatasetError | None = None) -> str:
+    """The word RD-OASIS had for it; `problem` is what kept the output from becoming a dataset."""
+    return "Succeeded" if exit.reason is Reason.OK and problem is None else "Failed"
+
+
+def _verdict(plan: Plan, exit: ContainerExit, refused: UnsafeName | None) -> dict[str, str]:
+    if refused:
+        return {
+            "code": refused.code,
+            "sentence": f"{plan.algorithm_name} wrote what cannot be a dataset.",
+            "advice": str(refused),
+        }
+    sentence, advice = explain(exit)
+    return {"code": exit.reason.value, "sentence": f"{plan.algorithm_name} {sentence}.", "advice": advice}
 
 
 def loosened(plan: Plan) -> list[str]:
@@ -71,21 +86,22 @@ def page(
     published: Summary | None,
     seconds: Mapping[str, float],
     tail: Sequence[str],
+    refused: UnsafeName | None = None,
 ) -> str:
     """The page about a run, in Markdown: what became of it, and where everything is.
 
     `published` is `None` when nothing could be kept. `tail` holds the last lines of the log.
     """
-    sentence, advice = explain(exit)
-    state = "Completed" if exit.reason is Reason.OK else "Failed"
+    verdict, status = _verdict(plan, exit, refused), oasis_status(exit, refused)
+    state = "Completed" if status == "Succeeded" else "Failed"
     stages = ", ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in seconds.items())
     source = plan.image.image_id or plan.image.image_file or ""
     rows = [
-        ("Status", f"{oasis_status(exit)} (Prefect says {state})"),
+        ("Status", f"{status} (Prefect says {state})"),
         ("Algorithm", f"`{plan.algorithm_name}`" + "".join(f", {name} = `{value}`" for name, value in plan.parameters.items())),
         ("Image", f"`{source}`, `{_short(image)}`"),
         ("Input", f"`{plan.dataset_name}`: {_counted(staged)}"),
-        *_output_rows(plan, exit, published),
+        *_output_rows(plan, status, published),
         ("Time", stages),
         ("Peak memory", f"{human_bytes(exit.memory_peak_bytes)} of {human_bytes(exit.memory_limit_bytes)}"),
         ("Sandbox", f"loosened: {', '.join(loosened(plan))}" if loosened(plan) else "closed"),
@@ -93,16 +109,14 @@ def page(
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     fence = "~" * (max((len(line) - len(line.lstrip("~")) for line in tail), default=0) + 4)
     log = "\n".join([fence, *tail, fence]) if tail else "The algorithm wrote nothing to its log."
-    what = f"## {plan.algorithm_name} {sentence}\n\n{advice}\n\n| | |\n|---|---|\n{table}\n"
+    what = f"## {verdict['sentence'].rstrip('.')}\n\n{verdict['advice']}\n\n| | |\n|---|---|\n{table}\n"
     return f"{what}\n### The log's last lines\n\n{log}\n"
 
 
-def _output_rows(plan: Plan, exit: ContainerExit, published: Summary | None) -> list[tuple[str, str]]:
+def _output_rows(plan: Plan, status: str, published: Summary | None) -> list[tuple[str, str]]:
     if published is None:
-        return [("Output", "nothing could be kept; the run's log says why")]
-    named = (
-        f"dataset `{plan.document_name}`" if exit.reason is Reason.OK else "no dataset; what there was is kept to be looked at"
-    )
+        return [("Output", "not published; the run's log says why")]
+    named = f"dataset `{plan.document_name}`" if status == "Succeeded" else "no dataset; what there was is kept to be looked at"
     return [
         ("Output", f"{named}: {_counted(published)}"),
         ("Files, log, record", f"`{plan.output.url}`/`data`, `log.txt`, `task.json`"),
@@ -110,7 +124,7 @@ def _output_rows(plan: Plan, exit: ContainerExit, published: Summary | None) -> 
 
 
 def _counted(summary: Summary) -> str:
-    return f"{summary.file_count} files, {human_bytes(summary.size_bytes)}"
+    return f"{counted(summary.file_count, 'file')}, {human_bytes(summary.size_bytes)}"
 
 
 def _short(image: str) -> str:

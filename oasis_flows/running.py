@@ -6,15 +6,16 @@ those on another machine: the view that Prefect has of it.
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
-from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun
@@ -24,8 +25,8 @@ from prefect.utilities.urls import url_for
 
 from . import documents, store as stores
 from .blocks import DatasetStore
-from .errors import DatasetNotFound, DescriptionError
-from .flows.algorithm_task import LABEL_HOST, LABEL_OUTPUT
+from .errors import DatasetError, DescriptionError
+from .lifecycle import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE
 from .plan import options_of
 from .settings import Settings
 from .store import Location
@@ -37,13 +38,16 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogSource:
-    """The log of one run. `url` is where its output is or will be; `None` when it has not begun."""
+    """The log of one run. `url` is where its output is or will be; `None` when it has not begun.
+
+    `elsewhere` says that another machine runs it, or ran it: then only Prefect's view of it can be followed.
+    """
 
     run_id: UUID
     url: str | None
     ui_url: str | None
     live: Path
-    elsewhere: str | None
+    elsewhere: bool
     kept: Location | None = field(repr=False)
 
     def read(self) -> Iterator[bytes]:
@@ -53,21 +57,25 @@ class LogSource:
         else:
             yield from self._read_kept()
 
-    def tail(self, lines: int) -> Iterator[bytes]:
+    def tail(self, count: int) -> Iterator[bytes]:
         """The last lines of the log as it is now."""
         kept = b""
         for chunk in self.read():
-            kept = b"".join((kept + chunk).splitlines(keepends=True)[-lines:]) if lines else b""
+            kept = b"".join(split_lines(kept + chunk)[-count:]) if count else b""
         yield kept
 
     def _read_kept(self) -> Iterator[bytes]:
         if self.kept is not None:
-            try:
+            # Where the store does not have it, or does not answer, Prefect's view is better than nothing.
+            with suppress(DatasetError):
                 yield from stores.read_file(self.kept, "log.txt")
                 return
-            except DatasetNotFound:
-                pass
         yield from _view_of(self.run_id)
+
+
+def split_lines(data: bytes) -> list[bytes]:
+    """The lines with their ends. A carriage return ends none: it is how progress bars stay on theirs."""
+    return re.findall(rb"[^\n]*\n|[^\n]+", data)
 
 
 def open_log(run: str, settings: Settings) -> LogSource:
@@ -77,21 +85,23 @@ def open_log(run: str, settings: Settings) -> LogSource:
         DescriptionError: there is no such run.
     """
     flow_run = _find(run)
-    output = flow_run.labels.get(LABEL_OUTPUT)
-    host = flow_run.labels.get(LABEL_HOST)
-    url = str(output) if output else None
+    told = {name: str(value) for name, value in flow_run.labels.items()}
+    url, store, host = told.get(LABEL_OUTPUT), told.get(LABEL_STORE), told.get(LABEL_HOST)
     return LogSource(
         run_id=flow_run.id,
         url=url,
         ui_url=url_for(flow_run) if get_current_settings().api.url or get_current_settings().ui_url else None,
         live=Workspace(settings.workspaces / str(flow_run.id)).log,
-        elsewhere=str(host) if host and host != socket.gethostname() else None,
-        kept=Location(url, options_of(_store_of(flow_run))) if url else None,
+        elsewhere=host is not None and host != socket.gethostname(),
+        kept=Location(url, options_of(documents.find(DatasetStore, store) if store else None)) if url else None,
     )
 
 
 def follow(source: LogSource) -> Iterator[bytes]:
     """The log from its beginning until the run has ended, as it grows."""
+    if source.elsewhere:
+        yield from _follow_view(source.run_id)
+        return
     while not source.live.exists():
         if _ended(source.run_id):
             yield from source.read()
@@ -126,20 +136,16 @@ def _ended(run_id: UUID) -> bool:
     return state is not None and state.is_final()
 
 
-def _store_of(flow_run: FlowRun) -> DatasetStore | None:
-    """The store that the run was given: by reference, by name, or none (then the default one)."""
-    given: Any = flow_run.parameters.get("store")
-    if isinstance(given, str):
-        return documents.find(DatasetStore, given)
-    reference = given.get("$ref", given) if isinstance(given, dict) else None
-    if isinstance(reference, dict) and "block_document_slug" in reference:
-        return documents.find(DatasetStore, str(reference["block_document_slug"]).split("/", 1)[1])
-    if isinstance(reference, dict) and "block_document_id" in reference:
-        reference = reference["block_document_id"]
-    if isinstance(reference, str):
-        found = Block.load_from_ref({"block_document_id": reference})
-        return found if isinstance(found, DatasetStore) else None
-    return documents.find(DatasetStore, "default") if given is None else None
+def _follow_view(run_id: UUID) -> Iterator[bytes]:
+    seen = 0
+    while True:
+        ended = _ended(run_id)
+        for line in islice(_view_of(run_id), seen, None):
+            seen += 1
+            yield line
+        if ended:
+            return
+        time.sleep(_POLL_SECONDS)
 
 
 def _view_of(run_id: UUID) -> Iterator[bytes]:

@@ -25,7 +25,7 @@ from prefect.tasks import Task, exponential_backoff
 from . import log, store
 from .blocks import Dataset
 from .errors import OasisError, UnsafeName
-from .job import ContainerExit, Reason, human_bytes
+from .job import ContainerExit, Reason, counted, human_bytes
 from .machine import open_engine
 from .manifest import Summary
 from .plan import Plan, container_job
@@ -53,15 +53,18 @@ _TRANSFER: dict[str, Any] = {
 
 @task(**_TRANSFER)
 def stage_input(plan: Plan, workspace: Workspace) -> tuple[Path, Summary]:
-    """Bring the input to this machine; return the folder to mount and what it holds."""
+    """Bring the input to this machine; return the folder to mount and what it holds.
+
+    Before a byte is moved, the store shows that the output can be written to it.
+    """
     if done := workspace.done(MARKER_STAGED):
         return Path(done["folder"]), Summary(**done["summary"])
     started = time.monotonic()
+    store.check_writable(plan.root)
     folder, summary = store.stage(plan.source, workspace.path, progress=_progress("Staged"))
     _finish(workspace, MARKER_STAGED, started, folder=str(folder), summary=asdict(summary))
-    get_run_logger().info(
-        "The input %s has %d files, %s.", plan.dataset_name, summary.file_count, human_bytes(summary.size_bytes)
-    )
+    files, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
+    get_run_logger().info("The input %s has %s, %s.", plan.dataset_name, files, size)
     return folder, summary
 
 
@@ -113,28 +116,35 @@ def publish_output(
     else:
         started = time.monotonic()
 
-        def record(found: Summary) -> bytes:
-            seconds = stage_seconds(workspace) | {MARKER_PUBLISHED: time.monotonic() - started}
-            content = task_json(
-                plan, image=image, staged=staged, exit=exit, published=found, seconds=seconds, flow_run=flow_run
-            )
-            return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+        def publish(refused: UnsafeName | None = None) -> Summary:
+            def record(found: Summary) -> bytes:
+                content = task_json(
+                    plan,
+                    image=image,
+                    staged=staged,
+                    exit=exit,
+                    published=found,
+                    seconds=stage_seconds(workspace) | {MARKER_PUBLISHED: time.monotonic() - started},
+                    flow_run=flow_run,
+                    refused=refused,
+                )
+                return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
 
-        def publish(commit: bool) -> Summary:
             return store.publish(
                 workspace.output,
                 plan.output,
                 log=workspace.log,
                 record=record,
-                commit=commit,
+                commit=succeeded and refused is None,
                 workspace=workspace.path,
+                skipped=get_run_logger().warning,
                 progress=_progress("Published"),
             )
 
         try:
-            summary = publish(succeeded)
-        except UnsafeName:
-            publish(False)
+            summary = publish()
+        except UnsafeName as error:
+            publish(error)
             raise
         _finish(workspace, MARKER_PUBLISHED, started, summary=asdict(summary))
     if not succeeded:
@@ -147,13 +157,8 @@ def publish_output(
         manifest_digest=summary.digest,
     )
     dataset.save(plan.document_name, overwrite=True)
-    get_run_logger().info(
-        "Published %d files, %s, as dataset %s: %s",
-        summary.file_count,
-        human_bytes(summary.size_bytes),
-        plan.document_name,
-        plan.output.url,
-    )
+    files, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
+    get_run_logger().info("Published %s, %s, as dataset %s: %s", files, size, plan.document_name, plan.output.url)
     return summary, dataset
 
 

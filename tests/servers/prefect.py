@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# Prefect reads its settings when it is imported, and a thread of it that finds no server starts one of its own. So this
+# process gets the address of the session's server before anything imports Prefect: this plugin is the first.
+PORT = free_port()
+HOME = Path(tempfile.mkdtemp(prefix="oasis-tests-prefect-"))
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+os.environ |= {"PREFECT_API_URL": f"http://127.0.0.1:{PORT}/api", "PREFECT_HOME": str(HOME), "DO_NOT_TRACK": "1"}
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -68,12 +84,6 @@ class PrefectServer:
             time.sleep(0.2)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a process and what it started, which is a session of its own."""
     if process.poll() is None:
@@ -89,10 +99,9 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
     """A server of this test session, with a database of its own. This process is its client, too."""
     folder = tmp_path_factory.mktemp("prefect")
-    port = free_port()
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OASIS_"))} | {
-        "PREFECT_HOME": str(folder / "prefect"),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_HOME": str(HOME),
+        "PREFECT_API_URL": f"http://127.0.0.1:{PORT}/api",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
@@ -100,14 +109,13 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
         "DO_NOT_TRACK": "1",
         "OASIS_FLOWS_HOME": str(folder / "home"),
     }
-    server = PrefectServer(port, env, folder / "home")
-    command = [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    server = PrefectServer(PORT, env, folder / "home")
+    command = [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(PORT)]
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait_until_healthy(server, process, folder / "server.log")
-        with temporary_settings({PREFECT_API_URL: env["PREFECT_API_URL"], PREFECT_HOME: Path(env["PREFECT_HOME"])}):
-            yield server
+        yield server
     finally:
         stop(process)
 

@@ -1,0 +1,123 @@
+"""What surrounds the steps of a run: whose it is, what is left of it, and how it fails.
+
+Rings of cleanup, from the inside: the engine removes its container whatever happens (`engines`); `owned_workspace` guards
+the flow; `clean_up` is called by Prefect when a run was cancelled or crashed; `reaper` takes what outlived its process.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from uuid import UUID
+
+from prefect import runtime
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun, FlowRunPolicy, State
+from prefect.context import FlowRunContext
+from prefect.flows import Flow
+from prefect.logging import get_run_logger
+from prefect.states import Failed
+
+from . import lease, settings
+from .errors import AlgorithmFailed, OasisError, UnsafeName, first_sentence
+from .job import Reason
+from .machine import open_engine
+from .plan import Plan
+from .reaper import reap
+from .settings import Settings
+from .tasks import MARKER_PUBLISHED, MARKER_RUN
+from .workspace import Workspace, open_workspace
+
+LABEL_OUTPUT, LABEL_STORE, LABEL_HOST = "oasis.output", "oasis.store", "oasis.host"
+
+
+def announce(plan: Plan) -> None:
+    """Write on the flow run whose it is and where its output goes, so that people and `oasis-flows log` find both."""
+    run_id = UUID(plan.run_id)
+    tags = {*runtime.flow_run.tags, f"algorithm:{plan.algorithm_name}", f"dataset:{plan.dataset_name}"}
+    labels: dict[str, Any] = {LABEL_OUTPUT: plan.output.url, LABEL_HOST: socket.gethostname()}
+    if plan.store is not None and plan.store._block_document_name:
+        labels[LABEL_STORE] = plan.store._block_document_name
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(run_id, tags=sorted(tags))
+        client.update_flow_run_labels(run_id, labels)
+
+
+@contextmanager
+def owned_workspace(plan: Plan, here: Settings) -> Iterator[Workspace]:
+    """The run's workspace: gone afterwards, unless a retry can go on from it. No container of the run outlives the block."""
+    with open_workspace(here.workspaces, plan.run_id) as workspace:
+        try:
+            _sweep(here)
+            yield workspace
+        except OasisError as error:
+            if error.transient or _unpublished(workspace, error):
+                hours = here.keep_seconds / 3600
+                kept = "What is done so far is kept for %g hours in %s; a retry of this run goes on from there."
+                get_run_logger().warning(kept, hours, workspace.path)
+            else:
+                workspace.remove()
+            raise
+        except BaseException:
+            # An engine that is away now must not turn a cancellation into a failure; the lease tells the reaper.
+            with suppress(OasisError):
+                open_engine(here).reap(plan.run_id)
+            raise
+        workspace.remove()
+
+
+def _unpublished(workspace: Workspace, error: OasisError) -> bool:
+    """Is what the container left only here?"""
+    finished, published = workspace.done(MARKER_RUN), workspace.done(MARKER_PUBLISHED)
+    return finished is not None and published is None and not isinstance(error, UnsafeName)
+
+
+def _sweep(here: Settings) -> None:
+    """Take away what dead runs left. That is nobody's business but theirs: it never fails this run."""
+    try:
+        containers, _ = reap(here)
+    except OasisError as error:
+        get_run_logger().warning("Could not look for what dead runs left: %s", error)
+    else:
+        for run_id in containers:
+            get_run_logger().warning("Removed the container of run %s, whose process is gone.", run_id)
+
+
+def clean_up(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
+    """Remove what a cancelled or crashed run may have left on this machine. Prefect calls it with exactly these names."""
+    here = settings.current()
+    workspace = Workspace(here.workspaces / str(flow_run.id))
+    open_engine(here).reap(str(flow_run.id))
+    # A crashed run of a deployment can be retried, and then finds its workspace.
+    if (state.is_cancelled() or state.is_cancelling() or flow_run.deployment_id is None) and lease.lapsed(workspace.lease, 0):
+        workspace.remove()
+
+
+def failed(error: OasisError) -> State[Any]:
+    """The state of a run that failed: its message is the error's first sentence, its data the error.
+
+    Raises:
+        OasisError: the error itself, where the flow has retries left and another try can help.
+    """
+    get_run_logger().error("%s", error)
+    context = FlowRunContext.get()
+    if context is not None and context.flow_run is not None:
+        _mind_retries(context.flow_run, error)
+    timed_out = isinstance(error, AlgorithmFailed) and error.exit.reason is Reason.TIMED_OUT
+    return Failed(message=first_sentence(error), data=error, name="TimedOut" if timed_out else "Failed")
+
+
+def _mind_retries(flow_run: FlowRun, error: OasisError) -> None:
+    """Leave the run to Prefect's retries where they help, else take them away.
+
+    Prefect's engine goes round again for an exception only; a failed state that is returned while retries are left would
+    wait for ever.
+    """
+    if flow_run.run_count > (flow_run.empirical_policy.retries or 0):
+        return
+    if error.transient:
+        raise error
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(flow_run.id, empirical_policy=FlowRunPolicy(retries=0))
