@@ -22,15 +22,11 @@ PID_FILE = DEMO / "server.pid"
 SERVER_LOG = DEMO / "server.log"
 START_SECONDS = 90
 
-SERVER_SETTINGS = {
-    "PREFECT_HOME": str(DEMO / "prefect"),
-    # SQLite has one writer: events saved one by one keep it locked, and clients then wait for seconds.
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-}
+
+def server_settings() -> dict[str, str]:
+    """The settings that we recommend for a server, and a database of the demo's own."""
+    lines = (ROOT / "deployments" / "server.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line and line[0] != "#") | {"PREFECT_HOME": str(DEMO / "prefect")}
 
 
 def healthy(port: int) -> bool:
@@ -127,7 +123,7 @@ def size(count: int) -> str:
 
 
 def main() -> None:
-    env = os.environ | SERVER_SETTINGS | {"OASIS_FLOWS_HOME": str(DEMO / "home")}
+    env = os.environ | server_settings() | {"OASIS_FLOWS_HOME": str(DEMO / "home")}
     port = start_server(env)
     env["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
 

@@ -36,6 +36,7 @@ os.environ |= {"PREFECT_API_URL": f"http://127.0.0.1:{PORT}/api", "PREFECT_HOME"
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+SETTINGS = ROOT / "deployments" / "server.env"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +103,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OASIS_"))} | {
         "PREFECT_HOME": str(HOME),
         "PREFECT_API_URL": f"http://127.0.0.1:{PORT}/api",
-        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
-        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
-        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
+        **dict(line.split("=", 1) for line in SETTINGS.read_text().splitlines() if line and line[0] != "#"),
         "OASIS_FLOWS_HOME": str(folder / "home"),
     }
     server = PrefectServer(PORT, env, folder / "home")

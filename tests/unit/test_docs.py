@@ -234,9 +234,8 @@ def test_every_document_shown_is_valid(page, tmp_path):
         assert catalogue.read(folder)
 
 
-def test_the_automation_shown_is_valid():
-    shown = dict(files_of(ROOT / "docs" / "how-to" / "run-a-worker.md"))
-    automation = AutomationCore.model_validate(yaml.safe_load(shown["silent-runs.yaml"]))
+def test_the_shipped_automation_is_valid_and_fits_the_heartbeat():
+    automation = AutomationCore.model_validate(yaml.safe_load((ROOT / "deployments/silent-runs.yaml").read_text()))
     heartbeat = json.loads((ROOT / "deployments/work-pools/gpu-process.json").read_text())["variables"]["properties"]["env"]
 
     assert isinstance(automation.trigger, EventTrigger)
