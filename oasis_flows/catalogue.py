@@ -121,7 +121,7 @@ def _load_all(folder: Path, problems: list[str]) -> Iterator[Document]:
     paths = sorted(folder.glob("*/*"))
     if not paths:
         raise InvalidDocument(
-            f"The folder {folder} holds no documents. They are files such as {folder}/algorithm/detect-ships.yaml."
+            f"The folder {folder} holds no documents. They are files such as docker-image/NAME.yaml and algorithm/NAME.yaml in it."
         )
     for path in paths:
         slug, name = path.parent.name, path.stem

@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,7 +80,11 @@ def dataset_add(options: Options) -> int:
     )
     dataset.save(options.name, overwrite=True)
     if options.json:
-        print(json.dumps({"name": options.name, "url": url, **asdict(found)}))
+        print(
+            json.dumps(
+                {"name": options.name, **dataset.model_dump(include={"url", "file_count", "size_bytes", "manifest_digest"})}
+            )
+        )
     else:
         print(f"dataset/{options.name}: {counted(found.file_count, 'file')}, {human_bytes(found.size_bytes)} in {url}")
     return 0

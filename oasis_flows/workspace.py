@@ -50,6 +50,11 @@ class Workspace:
     def log(self) -> Path:
         return self.path / "log.txt"
 
+    @property
+    def is_empty(self) -> bool:
+        """Is there nothing that a retry could go on from?"""
+        return all(child == self.lease for child in self.path.iterdir())
+
     def done(self, step: str) -> dict[str, Any] | None:
         """What the step found out when it finished, or `None` if it has not."""
         try:

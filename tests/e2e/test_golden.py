@@ -1,6 +1,7 @@
 """The main job with real containers and a real Prefect server: the cases of RD-OASIS, and what files and words can be."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -169,7 +170,8 @@ def test_input_files_of_the_same_base_name_both_arrive_and_cannot_be_changed(ran
     script = "cat input/one/a.txt input/two/a.txt; cat $OASIS_INPUT/one/a.txt; echo x > input/one/a.txt || rm input/two/a.txt || true"
     done = ran(Algorithm(docker_image=image, command=["sh", "-c", script]))
 
-    assert done.log.startswith(b"firstsecondfirst")
+    # Each stream keeps its order; between the two the engine makes none.
+    assert re.sub(rb"(sh|rm): [^\n]*\n", b"", done.log) == b"firstsecondfirst"
     assert b"Read-only file system" in done.log
     assert (Path(letters.url) / "one/a.txt").read_text() == "first"
     assert (Path(letters.url) / "two/a.txt").exists()
@@ -441,5 +443,4 @@ def test_a_store_that_does_not_answer_is_refused_before_any_container(ran, s3, i
 
     assert isinstance(done.result, StoreUnavailable)
     assert "did not answer" in done.message
-    assert done.url is None
     assert not done.workspace.exists()

@@ -90,7 +90,9 @@ class FaultProxy:
             except OSError:
                 return self._end(client)
             for each in (client, server):
-                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                # `drop` may have closed it since.
+                with suppress(OSError):
+                    each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._sockets.add(server)
             upwards = replace(faults, reset_after=None, flip_bit_at=None)
