@@ -7,6 +7,7 @@ through the engine's API. An engine that has this content already is left alone.
 
 import hashlib
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -70,7 +71,9 @@ def build(engine: docker.DockerClient) -> str:
     except ImageNotFound:
         pass
     changes = ["ENV PATH=/bin:/usr/bin", 'CMD ["co2-report"]', "WORKDIR /work", f"LABEL {CONTENT_LABEL}={digest}"]
-    engine.api.import_image_from_data(content, repository=REPOSITORY, tag=TAG, changes=changes)
+    answer = engine.api.import_image_from_data(content, changes=changes)
+    # Podman overlooks a tag given with the import, so the image gets its name here.
+    engine.api.tag(json.loads(answer.splitlines()[-1])["status"], REPOSITORY, TAG)
     return f"built, {len(content) / 1e6:.1f} MB"
 
 
