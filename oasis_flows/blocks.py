@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from prefect.blocks.core import Block
 from prefect_docker.credentials import DockerRegistryCredentials
 from prefect_docker.host import DockerHost
-from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from .command import VARIABLE_PREFIX, Scalar, as_argv
 from .errors import OasisError
@@ -26,6 +27,9 @@ __all__ = ["Algorithm", "Dataset", "DatasetStore", "DockerImage"]
 _DOCUMENTATION = "https://docs.prefect.io/v3/concepts/blocks"
 # Block logos must be public addresses: these are the ones that prefect-docker's own blocks show.
 _LOGO = DockerHost._logo_url
+
+# A refusal must not quote what was given: it may be a secret in the wrong place.
+_CONFIG = ConfigDict(hide_input_in_errors=True)
 
 RESERVED_VARIABLES = frozenset({"OASIS_INPUT", "OASIS_OUTPUT", "OASIS_RUN_ID", "OASIS_GPU_COUNT"})
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
@@ -57,6 +61,8 @@ class DockerImage(Block):
         image = DockerImage.load("BLOCK_NAME")
         ```
     """
+
+    model_config = _CONFIG
 
     _block_type_name = "Docker Image"
     _block_type_slug = "docker-image"
@@ -90,6 +96,7 @@ class DockerImage(Block):
             raise ValueError(
                 f"image_id {self.image_id!r} is no image reference. Write it as for `docker pull`: registry/name:tag, without https://"
             )
+        _no_credentials(self.image_file or "")
         if self.image_file and "://" not in self.image_file and not Path(self.image_file).expanduser().is_absolute():
             raise ValueError(
                 f"image_file {self.image_file!r} is relative. Write the whole path: {Path(self.image_file).absolute()}"
@@ -111,6 +118,8 @@ class DatasetStore(Block):
         store = DatasetStore.load("BLOCK_NAME")
         ```
     """
+
+    model_config = _CONFIG
 
     _block_type_name = "Dataset Store"
     _block_type_slug = "dataset-store"
@@ -134,6 +143,7 @@ class DatasetStore(Block):
     @field_validator("endpoint_url")
     @classmethod
     def _endpoint(cls, value: str | None) -> str | None:
+        _no_credentials(value or "")
         if value and not re.match(r"https?://[^/\s]+", value):
             raise ValueError(f"{value!r} is no address of a server. Write http://HOST:PORT or https://HOST")
         return value or None
@@ -162,6 +172,8 @@ class Dataset(Block):
         dataset = Dataset.load("BLOCK_NAME")
         ```
     """
+
+    model_config = _CONFIG
 
     _block_type_name = "Dataset"
     _block_type_slug = "dataset"
@@ -208,6 +220,8 @@ class Algorithm(Block):
         algorithm = Algorithm.load("BLOCK_NAME")
         ```
     """
+
+    model_config = _CONFIG
 
     _block_type_name = "Algorithm"
     _block_type_slug = "algorithm"
@@ -373,10 +387,11 @@ def _folder_url(value: str) -> str:
         raise ValueError("the URL is empty. Write the whole path of a folder, or a URL such as s3://bucket/folder")
     if "://" in value:
         scheme, rest = value.split("://", 1)
+        if scheme in ("file", "local") and not rest.startswith("/"):
+            raise ValueError(f"{value!r} is relative. Write the whole path: {scheme}:///{rest}")
         if not rest.strip("/") and scheme != "memory":
             raise ValueError(f"{value!r} names no folder. Write for example {scheme}://bucket/folder")
-        if re.search(r"^[^/@]*:[^/@]*@", rest):
-            raise ValueError("the URL holds a password. Put credentials into a DatasetStore document instead")
+        _no_credentials(value)
         return value if value.endswith("://") else value.rstrip("/")
     path = Path(value).expanduser()
     if not path.is_absolute():
@@ -384,6 +399,15 @@ def _folder_url(value: str) -> str:
             f"{value!r} is relative, and a worker would look for it elsewhere. Write the whole path: {path.absolute()}"
         )
     return value.rstrip("/") or "/"
+
+
+def _no_credentials(url: str) -> None:
+    """Documents and records show URLs, so nothing secret may be in one."""
+    parts = urlsplit(url)
+    if parts.password is not None or re.search(r"(?i)((^|&)sig|signature|token|secret|password|credential)=", parts.query):
+        raise ValueError(
+            "the URL holds a password or a signature, and URLs are shown. Put credentials into a DatasetStore document, or the machine's own configuration"
+        )
 
 
 def _as_value_error(function: Any, *arguments: Any) -> Any:

@@ -8,6 +8,7 @@ reference to the variable `OASIS_PARAMETER_<name>`, so no shell ever parses the 
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,8 @@ VARIABLE_PREFIX = "OASIS_PARAMETER_"
 # Linux: MAX_ARG_STRLEN, the end of the string included.
 MAX_WORD_BYTES = 131_071
 
-_SHELLS = frozenset({"sh", "bash", "dash", "ash", "ksh", "zsh"})
+# Programs that read the word behind `-c` as shell script; su does by another shell.
+_SHELL = re.compile(r"((ba|da|a|k|mk|pdk|z|rba|fi|tc|c)?sh(-?[\d.]+)?(-static)?|su)")
 _TAKES_A_WORD = frozenset({"-o", "+o", "-O", "+O"})
 
 
@@ -92,6 +94,8 @@ def bind(declared: Mapping[str, Scalar | None], given: Mapping[str, object]) -> 
             problems.append(f"`{name}` is missing and has no default")
         elif (wanted := _mismatch(value, default)) is not None:
             problems.append(f"`{name}` is {value!r} and must be {wanted}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"`{name}` is {value} and must be a number")
         elif "\0" in str(value):
             problems.append(f"`{name}` holds a NUL character")
         else:
@@ -157,6 +161,10 @@ def render_text(text: str, values: Mapping[str, Scalar]) -> str:
     return _placeholder(values).sub(lambda m: as_text(values[m[2]]) if m[2] else f"{{{m[1]}}}", text) if values else text
 
 
+# Where a shell reads a text by other rules than those of plain words and quotes, or reads it again.
+_READS_TWICE = re.compile(r"<<(?!<)|\$'|\b(eval|trap)\b|\b(su|\w*sh(-?[\d.]+)?)\s+(-\S*\s+)*-\w*c\b")
+
+
 def _placeholder(values: Mapping[str, Scalar]) -> re.Pattern[str]:
     names = "|".join(re.escape(name) for name in sorted(values, key=len, reverse=True))
     return re.compile(rf"(?<!\$)(?:\{{\{{({names})\}}\}}|\{{({names})\}})")
@@ -166,7 +174,7 @@ def _scripts(argv: Sequence[str]) -> frozenset[int]:
     """Positions of the words that a shell will read as its program: what follows `-c` behind a shell's name."""
     found = set()
     for position, word in enumerate(argv):
-        if word.rsplit("/", 1)[-1] not in _SHELLS:
+        if not _SHELL.fullmatch(word.rsplit("/", 1)[-1]):
             continue
         is_command = False
         rest = iter(range(position + 1, len(argv)))
@@ -174,8 +182,8 @@ def _scripts(argv: Sequence[str]) -> frozenset[int]:
             option = argv[index]
             if option in _TAKES_A_WORD:
                 next(rest, None)
-            elif re.fullmatch(r"[-+][A-Za-z]+|--\w[\w-]*", option):
-                is_command |= option[0] == "-" and option[1] != "-" and "c" in option
+            elif re.fullmatch(r"[-+][A-Za-z]*|--(\w[\w-]*)?", option):
+                is_command |= (option[:1] == "-" and option[:2] != "--" and "c" in option) or option == "--command"
             else:
                 if is_command:
                     found.add(index)
@@ -191,10 +199,10 @@ def _render_script(script: str, values: Mapping[str, Scalar]) -> str:
     if not values:
         return script
     pattern = _placeholder(values)
-    if pattern.search(script) and re.search(r"<<(?!<)|\$'", script):
+    if pattern.search(script) and _READS_TWICE.search(script):
         raise DescriptionError(
-            "The shell script in `command` uses {parameters} together with a here-document or $'…', where they cannot be quoted "
-            f'safely. Write "${VARIABLE_PREFIX}NAME" there instead.'
+            "The shell script in `command` uses {parameters} together with a here-document, $'…', eval, trap or a second shell, where they "
+            f'cannot be quoted safely. Write "${VARIABLE_PREFIX}NAME" there instead; a second shell finds the variable, too.'
         )
     pieces: list[str] = []
     quotes = [""]

@@ -67,6 +67,12 @@ def dataset_add(options: Options) -> int:
     store = documents.load(DatasetStore, options.store) if options.store else None
     url = options.url if "://" in options.url else str(Path(options.url).expanduser().absolute())
     dataset = Dataset(url=url, store=store)
+    existing = documents.find(Dataset, options.name)
+    if existing is not None and existing.url != dataset.url:
+        raise DescriptionError(
+            f"There is already a dataset {options.name!r}: {existing.url}. Choose another name, or delete it first: "
+            f"prefect block delete dataset/{options.name}."
+        )
     tally = Tally()
     with _Bar("found") as bar:
         for entry in stores.scan(location(dataset), hash=location(dataset).is_local):

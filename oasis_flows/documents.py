@@ -23,11 +23,9 @@ def load(block_type: type[AnyBlock], name: str) -> AnyBlock:
     Raises:
         DescriptionError: there is none; the message names those that there are.
     """
-    try:
-        return cast(AnyBlock, block_type.load(name))
-    except ValueError as error:
-        if "Unable to find" not in str(error):
-            raise
+    found = find(block_type, name)
+    if found is not None:
+        return found
     slug = block_type.get_block_type_slug()
     known = names(block_type)
     there_are = f"There are: {', '.join(known)}." if known else f"There is no {slug} document at all."

@@ -107,7 +107,7 @@ class ContainerJob:
 
     `image` is what `Engine.prepare` returned. `command` and `entrypoint` are argument vectors; `None` leaves the
     image's own. `environment` is added to the image's; `secret_environment` too, and its values are in no record.
-    `lease` is a file that the owner keeps locked as long as it lives (see `workspace.Lease`): who can lock it knows that
+    `lease` is a file that the owner keeps locked as long as it lives (see `lease`): who can lock it knows that
     the owner is dead. `timeout_seconds` counts from the container's start; at its end the container gets SIGTERM, and
     SIGKILL after `stop_grace_seconds`.
     """
@@ -206,8 +206,9 @@ def explain(exit: ContainerExit) -> tuple[str, str]:
             )
         case Reason.KILLED:
             return (
-                f"was killed from outside {seconds} (exit code {exit.exit_code})",
-                "Not by this run: somebody or something on the machine did; run it again." + quoted,
+                f"was killed by SIGKILL {seconds} (exit code {exit.exit_code})",
+                "Neither its memory limit nor its time limit did it, but itself or somebody on the machine; run it again."
+                + quoted,
             )
         case Reason.COMMAND_NOT_FOUND:
             return (

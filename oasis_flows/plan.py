@@ -80,9 +80,15 @@ def plan_run(
         )
     values = commands.bind(algorithm.parameters, parameters or {})
     name = algorithm._block_document_name or "algorithm"
-    folder = checked_name(output_name or f"{name}-output")
+    if algorithm.user and os.getuid() and algorithm.user.partition(":")[0] != str(os.getuid()):
+        raise DescriptionError(
+            f"This worker runs as user {os.getuid()} and could neither read nor remove what user {algorithm.user} writes. "
+            "Leave `user` empty, or run the worker as root."
+        )
+    folder = checked_name(output_name or f"{name[:180]}-output")
     root = store.url if store else str(settings.datasets)
     output = Location(f"{root}/{folder}/{run_id}", options_of(store))
+    _check_apart(location(dataset), output)
     document = output_name or f"{folder}-{run_id[:8]}"
     _check_not_taken(document, f"{root}/{folder}/")
     if algorithm.gpu and open_engine(settings).describe().gpu is None:
@@ -92,7 +98,8 @@ def plan_run(
         )
     entrypoint, command = _argv(algorithm, values)
     environment = {name: commands.render_text(text, values) for name, text in algorithm.environment.items()}
-    commands.check_sizes((*(entrypoint or ()), *(command or ())), environment | commands.variables(values))
+    secrets = {variable: _secret(variable, block) for variable, block in algorithm.secret_environment.items()}
+    commands.check_sizes((*(entrypoint or ()), *(command or ())), environment | secrets | commands.variables(values))
     return Plan(
         run_id=run_id,
         attempt=attempt,
@@ -110,7 +117,7 @@ def plan_run(
         entrypoint=entrypoint,
         command=command,
         environment=environment,
-        secrets={variable: _secret(variable, block) for variable, block in algorithm.secret_environment.items()},
+        secrets=secrets,
     )
 
 
@@ -236,4 +243,19 @@ def _secret(variable: str, block: str) -> str:
         raise DescriptionError(
             f"There is no Secret block {block!r}, which `secret_environment` names for {variable}. Make it in the Prefect UI."
         )
-    return str(found.get())
+    value = found.get()
+    # What is no text would reach the container in a form of ours, in which its parts could not be kept out of the log.
+    if not isinstance(value, str) or "\0" in value:
+        raise DescriptionError(
+            f"The Secret block {block!r} must hold text without NUL characters, to be the variable {variable}."
+        )
+    return value
+
+
+def _check_apart(source: Location, output: Location) -> None:
+    """An input that holds the place of the output would grow by every run."""
+    if output.url.startswith(f"{source.url.rstrip('/')}/"):
+        raise DescriptionError(
+            f"The input {source.url} holds the place where the output would be published, {output.url}. "
+            "Publish to another store, or take a folder of the input."
+        )

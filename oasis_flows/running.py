@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from uuid import UUID
 
@@ -27,6 +26,7 @@ from . import documents, store as stores
 from .blocks import DatasetStore
 from .errors import DatasetError, DescriptionError
 from .lifecycle import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE
+from .log import VIEW_LOGGER
 from .plan import options_of
 from .settings import Settings
 from .store import Location
@@ -140,7 +140,7 @@ def _follow_view(run_id: UUID) -> Iterator[bytes]:
     seen = 0
     while True:
         ended = _ended(run_id)
-        for line in islice(_view_of(run_id), seen, None):
+        for line in _view_of(run_id, seen):
             seen += 1
             yield line
         if ended:
@@ -148,16 +148,14 @@ def _follow_view(run_id: UUID) -> Iterator[bytes]:
         time.sleep(_POLL_SECONDS)
 
 
-def _view_of(run_id: UUID) -> Iterator[bytes]:
-    """What Prefect shows of the container's log."""
+def _view_of(run_id: UUID, start: int = 0) -> Iterator[bytes]:
+    """What Prefect shows of the container's log, from the record `start` on; what the steps say themselves is left empty."""
     with get_client(sync_client=True) as client:
-        offset = 0
         wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run_id]))
-        while page := client.read_logs(log_filter=wanted, sort=LogSort.TIMESTAMP_ASC, offset=offset, limit=200):
+        while page := client.read_logs(log_filter=wanted, sort=LogSort.TIMESTAMP_ASC, offset=start, limit=200):
             for line in page:
-                if line.task_run_id is not None:
-                    yield line.message.encode() + b"\n"
-            offset += len(page)
+                yield line.message.encode() + b"\n" if line.name.endswith(f".{VIEW_LOGGER}") else b""
+            start += len(page)
 
 
 def _read_file(path: Path) -> Iterator[bytes]:

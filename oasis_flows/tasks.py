@@ -12,14 +12,15 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
+from prefect.logging.loggers import PrefectLogAdapter
 from prefect.tasks import Task, exponential_backoff
 
 from . import log, store
@@ -89,14 +90,15 @@ def run_container(plan: Plan, workspace: Workspace, settings: Settings, *, image
     job = container_job(plan, workspace, image=image, input_folder=input_folder, settings=settings)
     if not engine.find(job):
         workspace.fresh_output()
-    logger = get_run_logger()
+    show = cast(PrefectLogAdapter, get_run_logger()).getChild(log.VIEW_LOGGER).info
     secrets = tuple(plan.secrets.values())
     try:
-        with log.record(workspace.log, logger.info, secrets) as sink:
+        with log.record(workspace.log, show, secrets) as sink:
             exit = engine.run(job, sink)
     except OasisError as error:
         error.args = tuple(log.redact(str(part), secrets) for part in error.args)
         raise
+    exit = replace(exit, detail=log.redact(exit.detail, secrets))
     _finish(workspace, MARKER_RUN, started, exit=exit.to_json())
     return exit
 
@@ -128,7 +130,7 @@ def publish_output(
                     flow_run=flow_run,
                     refused=refused,
                 )
-                return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+                return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
             return store.publish(
                 workspace.output,

@@ -83,8 +83,8 @@ def algorithm_task(
         )
         announce(plan)
         with owned_workspace(plan, here) as workspace:
-            input_folder, staged = stage_input(plan, workspace)
             image = prepare_image(plan, workspace, here)
+            input_folder, staged = stage_input(plan, workspace)
             exit = run_container(plan, workspace, here, image=image, input_folder=input_folder)
             dataset = _publish(plan, workspace, image, staged, exit)
     except OasisError as error:

@@ -66,7 +66,7 @@ class FlakyStore(MemoryFileSystem):
     """A store at `flaky://` that can be down."""
 
     protocol = "flaky"
-    cachable = False
+    cacheable = False
     store: ClassVar = {}
     pseudo_dirs: ClassVar = [""]
     down: ClassVar[bool] = False
@@ -325,7 +325,7 @@ def test_the_store_named_default_is_used_by_those_who_name_none(ran, tmp_path):
         (3, "The algorithm algorithm ended with exit code 3 after "),
         (ContainerExit(reason=Reason.OUT_OF_MEMORY, exit_code=137), "was killed for memory"),
         (ContainerExit(reason=Reason.TIMED_OUT, exit_code=143), "was stopped at its time limit of 60 s."),
-        (ContainerExit(reason=Reason.KILLED, exit_code=137), "was killed from outside"),
+        (ContainerExit(reason=Reason.KILLED, exit_code=137), "was killed by SIGKILL"),
         (ContainerExit(reason=Reason.COMMAND_NOT_FOUND, exit_code=127), "its command is not in the image."),
         (ContainerExit(reason=Reason.EXEC_FORMAT, exit_code=126), "its program is not made for this machine."),
     ],

@@ -112,6 +112,8 @@ def test_a_default_keeps_its_type():
         ("photos/2026", "Write the whole path: /"),
         ("s3://", "s3://bucket/folder"),
         ("s3://user:password@bucket/x", "DatasetStore document"),
+        ("https://h/x?X-Amz-Signature=abc", "DatasetStore document"),
+        ("file://data/x", "Write the whole path: file:///data/x"),
     ],
 )
 def test_a_folder_is_named_so_that_any_machine_understands_it(block_type, url, advice):
@@ -138,6 +140,20 @@ def test_secrets_show_in_no_representation():
     store = DatasetStore(url="s3://b/x", access_key_id="key", secret_access_key="hunter2")
 
     assert "hunter2" not in repr(store) + str(store) + json.dumps(store.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(
+    ("block_type", "fields"),
+    [
+        (DockerImage, {"image_file": "https://bob:hunter2@h/img.tar"}),
+        (DatasetStore, {"url": "s3://b/x", "endpoint_url": "http://key:hunter2@h:1"}),
+        (DatasetStore, {"url": "s3://b/x", "secret_access_key": "hunter2"}),
+        (Dataset, {"url": "s3://b/x?sig=hunter2"}),
+        (Algorithm, {"docker_image": IMAGE, "secret_environment": {"A": "hunter2!"}}),
+    ],
+)
+def test_a_secret_in_the_wrong_place_is_refused_and_not_repeated(block_type, fields):
+    assert "hunter2" not in refusal(block_type, **fields)
 
 
 def test_the_fields_of_the_contract_are_there_and_new_ones_come_last():

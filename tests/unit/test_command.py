@@ -74,7 +74,14 @@ SCRIPTS = [
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
-    "shell", [["/bin/sh", "-c"], ["sh", "-e", "-c"], ["env", "bash", "-o", "pipefail", "-euc"], ["bash", "--norc", "-c"]]
+    "shell",
+    [
+        ["/bin/sh", "-c"],
+        ["sh", "-e", "-c"],
+        ["env", "bash", "-o", "pipefail", "-euc"],
+        ["bash", "--norc", "-c"],
+        ["sh", "-c", "--"],
+    ],
 )
 def test_a_value_is_one_word_for_a_shell_too(script, shell, tmp_path):
     values = {"v": NASTY}
@@ -98,10 +105,27 @@ def test_no_value_becomes_shell_words(value, script):
     assert subprocess.run(argv, env=env, capture_output=True, check=True).stdout == f"<{value}>".encode()
 
 
-@pytest.mark.parametrize("script", ["cat <<END\n{v}\nEND", "echo $'a\\'' {v}"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "cat <<END\n{v}\nEND",
+        "echo $'a\\'' {v}",
+        "sh -c 'echo {v}'",
+        "exec /bin/bash -e -c 'echo {v}'",
+        'eval "echo {v}"',
+        'trap "echo {v}" EXIT',
+    ],
+)
 def test_a_script_where_quoting_cannot_be_told_is_refused(script):
     with pytest.raises(DescriptionError, match="OASIS_PARAMETER_"):
         command.render(["sh", "-c", script], {"v": 1})
+
+
+@pytest.mark.parametrize("shell", ["rbash", "mksh", "fish", "/bin/bash-5.1", "su", "busybox.sh"])
+def test_other_shells_get_references_too(shell):
+    rendered = command.render([shell, "-c", "echo {v}"], {"v": "x; y"})
+
+    assert ("x; y" in rendered[2]) == (shell == "busybox.sh")
 
 
 def test_defaults_fill_in_what_is_not_given():
@@ -121,6 +145,8 @@ def test_defaults_fill_in_what_is_not_given():
         ({"a": "x"}, {"a": 1}, "text"),
         ({"a": None}, {"a": [1]}, "text, a number, true or false"),
         ({"a": "x"}, {"a": "\0"}, "NUL"),
+        ({"a": 0.5}, {"a": float("nan")}, "a number"),
+        ({"a": 0.5}, {"a": float("inf")}, "a number"),
     ],
 )
 def test_parameters_that_do_not_fit_are_named(declared, given_, problem):
