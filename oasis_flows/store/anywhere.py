@@ -79,5 +79,5 @@ class Anywhere:
                 if self._system.exists(self._path(name)):
                     self._system.rm_file(self._path(name))
 
-    def abandon(self) -> None:
+    def abandon(self, *, hurry: bool = False) -> None:
         """See `Files.abandon`: fsspec's drivers keep no account of it."""

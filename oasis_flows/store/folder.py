@@ -219,5 +219,5 @@ class Folder:
                         path = path.parent
                         path.rmdir()
 
-    def abandon(self) -> None:
+    def abandon(self, *, hurry: bool = False) -> None:
         """See `Files.abandon`: here every listing shows them."""

@@ -6,15 +6,17 @@ keep the order, and stops at names with control characters, which it cannot read
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,7 @@ class Patience:
 
 
 PATIENCE = Patience()
+HASTE = Patience(connect_seconds=0.5, seconds=0.7, attempts=1)
 
 
 class Objects:
@@ -58,14 +61,14 @@ class Objects:
     """
 
     def __init__(self, location: Location) -> None:
-        self._url = location.url.rstrip("/")
+        self._location, self._url = location, location.url.rstrip("/")
         self._bucket, _, prefix = location.path.partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
         if not self._bucket or self._bucket == "/":
             raise DatasetError(f"{location.url} names no bucket. Write s3://bucket/folder.")
         with translated(self._url):
             try:
-                self._client = _client(location)
+                self._client = _client(location, PATIENCE)
                 # `read` goes on by itself, at the right offset.
                 self._reads = self._store(PATIENCE.seconds, retries=0)
                 self._tiny_writes = self._store(PATIENCE.seconds, retries=PATIENCE.attempts - 1)
@@ -191,12 +194,16 @@ class Objects:
                         f"The store does not let us delete {self._url}/…/{failed.get('Key')}. It said: {failed.get('Code')}"
                     )
 
-    def abandon(self) -> None:
+    def abandon(self, *, hurry: bool = False) -> None:
         """See `Files.abandon`: uploads in parts that were broken off take room until somebody aborts them."""
+        ends = time.monotonic() + HASTE.seconds if hurry else math.inf
         with translated(self._url, writing=True):
-            pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=self._prefix)
+            client = _client(self._location, HASTE) if hurry else self._client
+            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=self._prefix)
+            pages = takewhile(lambda _: time.monotonic() < ends, pages)
             for upload in [upload for page in pages for upload in page.get("Uploads", ())]:
-                self._client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                if time.monotonic() < ends:
+                    client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
 
 def _translated_each(pages: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:
@@ -222,7 +229,7 @@ def _loader() -> Any:
     return botocore.session.Session().get_component("data_loader")
 
 
-def _client(location: Location) -> Any:
+def _client(location: Location, patience: Patience) -> Any:
     """botocore's client; it also finds endpoint, region and credentials where they are not given."""
     import botocore.session
     from botocore.config import Config  # type: ignore[import-untyped]
@@ -239,9 +246,9 @@ def _client(location: Location) -> Any:
         region_name=region,
         config=Config(
             s3={"addressing_style": "path"},
-            connect_timeout=PATIENCE.connect_seconds,
-            read_timeout=PATIENCE.seconds,
-            retries={"total_max_attempts": PATIENCE.attempts, "mode": "standard"},
+            connect_timeout=patience.connect_seconds,
+            read_timeout=patience.seconds,
+            retries={"total_max_attempts": patience.attempts, "mode": "standard"},
             # Not every server understands the trailers that newer clients add.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DatasetError, UnsafeName
 from ..manifest import Entry, Summary, check_name, checked
-from .dataset import DATA, LOG, MANIFEST, RECORD, Reading, paired, read_manifest, write_manifest
+from .dataset import DATA, LOG, MANIFEST, MARKER, RECORD, Reading, paired, read_manifest, write_manifest
 from .folder import Folder, Found, chunks_of, opened, walk
 from .transfer import Files, Location, Meter, Progress, files, in_order
 from .verdicts import Missing
+
+PROVISIONAL = json.dumps({MARKER: 1, "status": "Publishing"}).encode()
 
 
 def publish(
@@ -29,8 +32,8 @@ def publish(
 ) -> Summary:
     """Publish the files of `output` under `location`, with the run's log and record; return what they add up to.
 
-    With `commit` it is a dataset from the moment when this returns, and not before: the manifest is written last. What
-    cannot be carried is refused before anything is written. Without `commit` there is no manifest, so nobody takes it
+    With `commit` it is a dataset from the moment when this returns, and not before: a provisional `task.json`, which says
+    so, is written first, and the manifest last. What cannot be carried is refused before anything is written. Without `commit` there is no manifest, so nobody takes it
     for a dataset, and what cannot be carried is left out: `skipped` is told, a sentence each.
 
     Calling it again replaces what an earlier call left there, whole or not. Links to files inside become files; empty
@@ -47,18 +50,31 @@ def publish(
     meter = Meter(progress, _count(output) if commit else None)
     store, manifest = files(location), workspace / "output.jsonl"
     store.delete([MANIFEST])
-    _abandon(store)
-    found = walk(output) if commit else _carriable(output, skipped)
-    with closing(in_order(_PublishOne(store, output, meter), found, tick=meter.tick)) as entries:
-        summary = write_manifest(_counted(entries, meter), manifest)
-    store.delete(_left_over(store, manifest))
-    _write_file(store, LOG, log)
-    content = record(summary)
-    store.write(RECORD, [content], len(content), last=True)
-    if commit:
-        _write_file(store, MANIFEST, manifest)
+    store.write(RECORD, [PROVISIONAL], len(PROVISIONAL), last=True)
+    with _tidied(store):
+        _abandon(store)
+        found = walk(output) if commit else _carriable(output, skipped)
+        with closing(in_order(_PublishOne(store, output, meter), found, tick=meter.tick)) as entries:
+            summary = write_manifest(_counted(entries, meter), manifest)
+        store.delete(_left_over(store, manifest))
+        _write_file(store, LOG, log)
+        content = record(summary)
+        store.write(RECORD, [content], len(content), last=True)
+        if commit:
+            _write_file(store, MANIFEST, manifest)
     meter.tick(last=True)
     return summary
+
+
+@contextmanager
+def _tidied(store: Files) -> Iterator[None]:
+    """When the block is broken off, try for a moment to tidy up; what broke it off is raised in any case."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            store.abandon(hurry=True)
+        raise
 
 
 def _abandon(store: Files) -> None:

@@ -108,8 +108,8 @@ class Files(Protocol):
         """Delete these files; one that is not there is no error."""
         ...
 
-    def abandon(self) -> None:
-        """Remove what broken-off writes left behind that no listing shows."""
+    def abandon(self, *, hurry: bool = False) -> None:
+        """Remove what broken-off writes left behind that no listing shows; with `hurry`, what can be done in a second or two."""
         ...
 
 

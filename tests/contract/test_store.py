@@ -183,6 +183,40 @@ def test_a_publish_that_breaks_half_way_is_no_dataset_and_a_retry_replaces_it(
     assert read_tree(folder) == {"new": b"2", "both": b"2"}
 
 
+@pytest.mark.parametrize("at", ["progress", "record"])
+def test_a_first_publish_that_is_broken_off_is_never_taken_for_a_folder_of_files(
+    at: str, place: Location, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    def refused() -> None:
+        for verb in (
+            lambda: store.published(place),
+            lambda: list(store.scan(place)),
+            lambda: store.stage(place, tmp_path / "w"),
+        ):
+            with pytest.raises(DatasetNotFound, match="has not finished"):
+                verb()
+
+    def fail(*_: object) -> bytes:
+        refused()
+        raise KeyboardInterrupt
+
+    output = write_tree(tmp_path / "output", {"a": b"1", "b": b"2"})
+    with pytest.raises(KeyboardInterrupt):
+        store.publish(
+            output,
+            place,
+            log=output / "a",
+            record=fail if at == "record" else record,
+            workspace=tmp_path / "w",
+            commit=True,
+            progress=fail if at == "progress" else None,  # type: ignore[arg-type]
+        )
+    refused()
+    publish(place, output)
+    assert store.published(place) is not None
+    assert [entry.path for entry in store.scan(place)] == ["a", "b"]
+
+
 def test_an_output_of_no_files_is_a_dataset_but_no_input(
     place: Location, publish: Callable[..., Summary], tmp_path: Path
 ) -> None:
@@ -591,10 +625,37 @@ def test_parts_of_uploads_that_were_broken_off_are_removed(
 
     with pytest.raises(KeyboardInterrupt):
         files(s3_place).write("data/big", broken(iter([b"x" * (1 << 20)] * 9)), 9 << 20)
-    listing = objects._client(s3_place).list_multipart_uploads
+    listing = objects._client(s3_place, objects.PATIENCE).list_multipart_uploads
     assert "Uploads" in listing(Bucket=bucket)
     publish(s3_place, {"a": b"1"})
     assert "Uploads" not in listing(Bucket=bucket)
+
+
+def test_a_publish_that_is_broken_off_leaves_no_parts_behind_and_raises_what_broke_it_off(
+    s3: S3Server, s3_place: Location, publish: Callable[..., Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_read, bucket = publishing.chunks_of, s3_place.path.partition("/")[0]
+
+    def broken(descriptor: int, where: str) -> Iterator[bytes]:
+        for number, chunk in enumerate(really_read(descriptor, where)):
+            if number == 7:
+                raise KeyboardInterrupt
+            yield chunk
+
+    monkeypatch.setattr(publishing, "chunks_of", broken)
+    listing = objects._client(s3_place, objects.PATIENCE).list_multipart_uploads
+    with pytest.raises(KeyboardInterrupt):
+        publish(s3_place, {"big": b"x" * (9 << 20)})
+    assert "Uploads" not in listing(Bucket=bucket)
+
+    def denied(*_: object, hurry: bool = False) -> None:
+        if hurry:
+            raise StoreDenied("No.")
+
+    monkeypatch.setattr(objects.Objects, "abandon", denied)
+    with pytest.raises(KeyboardInterrupt):
+        publish(s3_place, {"big": b"x" * (9 << 20)})
+    assert "Uploads" in listing(Bucket=bucket)
 
 
 # --- faults between here and there
