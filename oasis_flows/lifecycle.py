@@ -20,7 +20,7 @@ from prefect.flows import Flow
 from prefect.logging import get_run_logger
 from prefect.states import Failed
 
-from . import lease, settings
+from . import settings
 from .errors import AlgorithmFailed, OasisError, UnsafeName, first_sentence
 from .job import Reason
 from .machine import open_engine
@@ -31,6 +31,7 @@ from .tasks import MARKER_PUBLISHED, MARKER_RUN
 from .workspace import Workspace, open_workspace
 
 LABEL_OUTPUT, LABEL_STORE, LABEL_HOST = "oasis.output", "oasis.store", "oasis.host"
+LEFT_BEHIND = "This user may not delete all of the workspace %s, such as files that the container wrote as root. Delete it."
 
 
 def announce(plan: Plan) -> None:
@@ -58,14 +59,19 @@ def owned_workspace(plan: Plan, here: Settings) -> Iterator[Workspace]:
                 kept = "What is done so far is kept for %g hours in %s; a retry of this run goes on from there."
                 get_run_logger().warning(kept, hours, workspace.path)
             else:
-                workspace.remove()
+                _remove(workspace)
             raise
         except BaseException:
             # An engine that is away now must not turn a cancellation into a failure; the lease tells the reaper.
             with suppress(OasisError):
                 open_engine(here).reap(plan.run_id)
             raise
-        workspace.remove()
+        _remove(workspace)
+
+
+def _remove(workspace: Workspace) -> None:
+    if not workspace.remove():
+        get_run_logger().warning(LEFT_BEHIND, workspace.path)
 
 
 def _unpublished(workspace: Workspace, error: OasisError) -> bool:
@@ -78,8 +84,8 @@ def _sweep(here: Settings) -> None:
     """Take away what dead runs left. That is nobody's business but theirs: it never fails this run."""
     try:
         containers, _ = reap(here)
-    except OasisError as error:
-        get_run_logger().warning("Could not look for what dead runs left: %s", error)
+    except Exception as error:  # noqa: BLE001 - whatever it is, this run did not do it
+        get_run_logger().warning("Could not look for what dead runs left: %s: %s", type(error).__name__, error)
     else:
         for run_id in containers:
             get_run_logger().warning("Removed the container of run %s, whose process is gone.", run_id)
@@ -91,8 +97,8 @@ def clean_up(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None
     workspace = Workspace(here.workspaces / str(flow_run.id))
     open_engine(here).reap(str(flow_run.id))
     # A crashed run of a deployment can be retried, and then finds its workspace.
-    if (state.is_cancelled() or state.is_cancelling() or flow_run.deployment_id is None) and lease.lapsed(workspace.lease, 0):
-        workspace.remove()
+    if state.is_cancelled() or state.is_cancelling() or flow_run.deployment_id is None:
+        workspace.remove_abandoned(0)
 
 
 def failed(error: OasisError) -> State[Any]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from .errors import StoreFull
 from .job import Stream
 
 # Prefect Cloud takes 25 000 characters a record.
@@ -20,6 +21,8 @@ BLOCK_CHARACTERS = 20_000
 VIEW_CHARACTERS = 5_000_000
 SECONDS_BETWEEN_BLOCKS = 1.0
 MASK = b"***"
+# Name of the logger of the view, below that of the task: so the container's words can be told from the step's.
+VIEW_LOGGER = "container"
 
 
 class Redactor:
@@ -58,7 +61,10 @@ def redact(text: str, secrets: Iterable[str]) -> str:
 
 
 class RunLog:
-    """A log sink (`job.LogSink`) that writes the file and shows the view. Made by `record`."""
+    """A log sink (`job.LogSink`) that writes the file and shows the view. Made by `record`.
+
+    A call raises `StoreFull` when the file cannot take all of the bytes.
+    """
 
     def __init__(self, file: BinaryIO, show: Callable[[str], None], secrets: Iterable[str]) -> None:
         secrets = tuple(secrets)
@@ -78,20 +84,46 @@ class RunLog:
 
     def close(self) -> None:
         with self._lock:
-            for stream, redactor in self._redactors.items():
-                self._write(stream, redactor.close())
-            self._view.close()
+            try:
+                for stream, redactor in self._redactors.items():
+                    self._write(stream, redactor.close())
+            finally:
+                self._view.close()
 
     def _write(self, stream: Stream, data: bytes) -> None:
         if data:
-            self._file.write(data)
+            with _room_for(Path(self._file.name)):
+                _write_all(self._file, data)
             self._view.add(stream, data)
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    """A file without a buffer may take a part only."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreFull(
+            f"The log {path} cannot be written: {error.strerror}. Free space there, or set OASIS_FLOWS_HOME to a folder with room."
+        ) from error
 
 
 @contextmanager
 def record(path: Path, show: Callable[[str], None], secrets: Iterable[str] = ()) -> Iterator[RunLog]:
-    """Write a container's output to `path` (emptied first) and show it by `show`, until the block ends."""
-    with path.open("wb", buffering=0) as file:
+    """Write a container's output to `path` (emptied first) and show it by `show`, until the block ends.
+
+    Raises:
+        StoreFull: the file cannot be made, or cannot take what is written last.
+    """
+    with _room_for(path):
+        opened = path.open("wb", buffering=0)
+    with opened as file:
         log = RunLog(file, show, secrets)
         done = threading.Event()
 

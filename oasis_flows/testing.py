@@ -109,7 +109,13 @@ class FakeEngine:
         """A fake engine."""
         return Description(name="a fake engine", gpu=f"{self._gpus} fake ones" if self._gpus else None)
 
-    def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0) -> tuple[str, ...]:  # noqa: ARG002
+    def reap(
+        self,
+        run_id: str | None = None,  # noqa: ARG002
+        *,
+        grace_seconds: float = 60.0,  # noqa: ARG002
+        below: Path | None = None,  # noqa: ARG002
+    ) -> tuple[str, ...]:
         """Nothing is ever left behind."""
         return ()
 

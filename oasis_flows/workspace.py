@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,32 +65,64 @@ class Workspace:
         return dict(found)
 
     def mark_done(self, step: str, found: Mapping[str, Any]) -> None:
-        """Note durably that the step is finished, and what it found out (JSON values)."""
+        """Note durably that the step is finished, and what it found out (JSON values).
+
+        Raises:
+            StoreFull: the note cannot be written.
+        """
         target = self.path / "done" / f"{step}.json"
-        target.parent.mkdir(exist_ok=True)
         temporary = target.with_suffix(".new")
-        with temporary.open("w") as file:
-            json.dump(found, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        text = json.dumps(found)
+        with _room_for(target):
+            target.parent.mkdir(exist_ok=True)
+            with temporary.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
 
     def fresh_output(self) -> Path:
-        """An empty output folder that any user of a container can write to."""
+        """An empty output folder that any user of a container can write to.
+
+        Raises:
+            StoreFull: it cannot be made.
+        """
         shutil.rmtree(self.output, ignore_errors=True)
-        self.output.mkdir()
-        self.output.chmod(0o777)
+        with _room_for(self.output):
+            self.output.mkdir()
+            self.output.chmod(0o777)
         return self.output
 
-    def remove(self) -> None:
-        """Delete the folder; the lease goes last, so that a half-deleted folder still says whose it is."""
-        for child in self.path.glob("*"):
-            if child != self.lease:
-                shutil.rmtree(child, ignore_errors=True) if child.is_dir() and not child.is_symlink() else child.unlink(
-                    missing_ok=True
-                )
-        self.lease.unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+    def remove(self) -> bool:
+        """Delete the folder; is it gone? For its owner only.
+
+        What this user may not delete stays, such as files that a container wrote as root; then the lease stays as well,
+        so that a half-deleted folder still says whose it is.
+        """
+        try:
+            for child in self.path.iterdir():
+                if child != self.lease:
+                    _delete(child)
+            if not self.is_empty:
+                return False
+            self.lease.unlink(missing_ok=True)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        # From here on a successor may make its own lease; then the folder is the successor's, and stays.
+        with suppress(OSError):
+            self.path.rmdir()
+        return True
+
+    def remove_abandoned(self, keep_seconds: float) -> bool:
+        """Delete the folder if its owner is dead and was last seen at least `keep_seconds` ago; was it, and is it gone?
+
+        Nobody can become its owner meanwhile. One without a lease is as old as its last change.
+        """
+        orphaned = lease.missing(self.lease) and _age(self.path) >= keep_seconds
+        with lease.taken(self.lease, 0 if orphaned else keep_seconds, create=orphaned) as free:
+            return free and self.remove()
 
 
 @contextmanager
@@ -101,23 +134,44 @@ def open_workspace(root: Path, run_id: str) -> Iterator[Workspace]:
         StoreFull: the folder cannot be made.
     """
     workspace = Workspace(root / run_id)
-    try:
-        workspace.path.mkdir(parents=True, exist_ok=True)
-        workspace.path.chmod(0o700)
-    except OSError as error:
-        raise StoreFull(
-            f"The workspace {workspace.path} cannot be made: {error.strerror}. Set OASIS_FLOWS_HOME to a folder with room."
-        ) from error
-    with lease.hold(workspace.lease):
+    with ExitStack() as stack:
+        with _room_for(workspace.path):
+            stack.enter_context(lease.hold(workspace.lease))
+            workspace.path.chmod(0o700)
         yield workspace
 
 
 def reap(root: Path, keep_seconds: float) -> tuple[str, ...]:
-    """Delete the folders of runs whose owner is dead and was last seen more than `keep_seconds` ago; return their ids."""
-    removed = []
-    for path in sorted(root.glob("*/")):
-        workspace = Workspace(path)
-        if lease.lapsed(workspace.lease, keep_seconds):
-            workspace.remove()
-            removed.append(path.name)
-    return tuple(removed)
+    """Delete the folders of runs whose owner is dead and was last seen at least `keep_seconds` ago; return their ids.
+
+    Safe beside any number of processes that open workspaces or reap; only a folder that is really gone is returned.
+    """
+    folders = [path for path in sorted(root.glob("*")) if path.is_dir() and not path.is_symlink()]
+    return tuple(path.name for path in folders if Workspace(path).remove_abandoned(keep_seconds))
+
+
+def _age(path: Path) -> float:
+    """Seconds since the folder last changed; one that is gone is as young as can be."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return float("-inf")
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, or a folder as far as it can be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreFull(
+            f"{path} cannot be written: {error.strerror}. Free space there, or set OASIS_FLOWS_HOME to a folder with room."
+        ) from error

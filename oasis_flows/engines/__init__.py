@@ -18,6 +18,7 @@ An engine keeps these promises; `tests/contract` has a test for each number and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from ..job import ContainerExit, ContainerJob, ImageSource, LogSink
@@ -62,11 +63,14 @@ class Engine(Protocol):
         """
         ...
 
-    def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0) -> tuple[str, ...]:
+    def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0, below: Path | None = None) -> tuple[str, ...]:
         """Remove this package's containers that nobody owns any more; return their run ids.
 
-        With `run_id`: that run's containers, whatever their lease says. Without: those whose lease's owner is dead and
-        was last seen more than `grace_seconds` ago.
+        With `run_id`: that run's containers, whatever their lease says. Without: those that this machine started and
+        whose lease's owner is dead and was last seen at least `grace_seconds` ago; nobody can become the owner while the
+        container is removed. A lease that is gone counts as lapsed only below the folder `below`, where this machine's
+        leases lie, and for a container made at least `grace_seconds` ago. Every other container is left alone, and so is
+        one whose lease this process may not look at.
         """
         ...
 

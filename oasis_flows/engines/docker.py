@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
 from .. import lease
@@ -127,19 +129,31 @@ class DockerEngine:
             not_enforced=spec.not_enforced(info),
         )
 
-    def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0) -> tuple[str, ...]:
-        """Remove containers that nobody owns; see `Engine.reap`. A container without a lease on its label is left alone."""
+    def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0, below: Path | None = None) -> tuple[str, ...]:
+        """Remove containers that nobody owns; see `Engine.reap`. One without lease or host on its labels is left alone."""
         with self._api("removing containers") as api:
             gone = []
             for row in docker_run.list_containers(api, run_id):
-                path = row["Labels"].get(spec.LEASE)
-                if run_id is None and (not path or not lease.lapsed(Path(path), grace_seconds)):
-                    continue
-                docker_run.remove_container(api, row["Id"])
-                gone.append(row["Labels"].get(spec.RUN_ID, ""))
+                with nullcontext(True) if run_id is not None else _ownerless(row, grace_seconds, below) as free:
+                    if free:
+                        docker_run.remove_container(api, row["Id"])
+                        gone.append(row["Labels"].get(spec.RUN_ID, ""))
             return tuple(dict.fromkeys(gone))
 
     @contextmanager
     def _api(self, doing: str) -> Iterator[Any]:
         with translated(doing), closing(self._connect()) as client:
             yield client.api
+
+
+@contextmanager
+def _ownerless(row: Mapping[str, Any], grace_seconds: float, below: Path | None) -> Iterator[bool]:
+    """Is it certain that nobody owns the container? While the block lasts its lease, where there is one, stays locked."""
+    path = Path(row["Labels"].get(spec.LEASE) or "")
+    if path == Path() or row["Labels"].get(spec.HOST) != gethostname():
+        yield False
+    elif lease.missing(path):
+        yield below is not None and path.is_relative_to(below) and time.time() - row["Created"] >= grace_seconds
+    else:
+        with lease.taken(path, grace_seconds) as free:
+            yield free

@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from socket import gethostname
 from typing import Any
 
 from ..errors import UnsupportedByEngine
@@ -20,6 +21,7 @@ from ..job import ContainerJob, Resources
 RUN_ID = "io.oasis.run-id"
 ATTEMPT = "io.oasis.attempt"
 LEASE = "io.oasis.lease"
+HOST = "io.oasis.host"
 PACKAGE = "io.oasis.package"
 JOB = "io.oasis.job"
 PACKAGE_NAME = "oasis-flows"
@@ -78,6 +80,7 @@ def create_body(job: ContainerJob, info: Mapping[str, Any], image: Mapping[str, 
             RUN_ID: job.run_id,
             ATTEMPT: str(job.attempt),
             LEASE: str(job.lease),
+            HOST: gethostname(),
             PACKAGE: PACKAGE_NAME,
             JOB: job_digest(job),
         },

@@ -406,6 +406,38 @@ class TestOwners:
         assert docker_engine.reap(held.run_id) == (held.run_id,)
         assert not containers_of(docker_api, held.run_id)
 
+    @pytest.mark.parametrize("whose", ["ours", "another folder's", "another host's", "nobody said whose"])
+    def test_reap_with_a_lease_that_is_gone(
+        self, docker_engine: DockerEngine, make_job: Make, docker_api: Any, tmp_path: Path, whose: str
+    ) -> None:
+        job = make_job("sleep", "60", own=False, lease=tmp_path / "workspaces" / "run" / "lease")
+        body = docker_spec.create_body(job, {}, {})
+        if whose == "another host's":
+            body["Labels"][docker_spec.HOST] = "elsewhere"
+        if whose == "nobody said whose":
+            del body["Labels"][docker_spec.HOST]
+        docker_api.start(docker_api.create_container_from_config(body, name(job)))
+        below = tmp_path / ("other" if whose == "another folder's" else "workspaces")
+
+        assert job.run_id not in docker_engine.reap(grace_seconds=0)
+        assert job.run_id not in docker_engine.reap(grace_seconds=60, below=below)
+        assert (job.run_id in docker_engine.reap(grace_seconds=0, below=below)) is (whose == "ours")
+        assert bool(containers_of(docker_api, job.run_id)) is (whose != "ours")
+        docker_engine.reap(job.run_id)
+
+    def test_reap_leaves_a_dead_run_of_another_host_alone(
+        self, docker_engine: DockerEngine, make_job: Make, docker_api: Any
+    ) -> None:
+        job = make_job("sleep", "60", own=False)
+        with lease.hold(job.lease):
+            pass
+        body = docker_spec.create_body(job, {}, {})
+        body["Labels"][docker_spec.HOST] = "elsewhere"
+        docker_api.start(docker_api.create_container_from_config(body, name(job)))
+
+        assert job.run_id not in docker_engine.reap(grace_seconds=0)
+        assert docker_engine.reap(job.run_id) == (job.run_id,)
+
 
 class Cuttable:
     """A way to the engine that can be cut: a TCP port of loopback before its socket."""

@@ -1,5 +1,8 @@
 """The log of a container: exact in the file, readable in the view, silent about secrets."""
 
+import io
+import subprocess
+import sys
 import time
 import tracemalloc
 
@@ -7,6 +10,21 @@ import pytest
 from hypothesis import given, strategies as st
 
 from oasis_flows import log
+from oasis_flows.errors import StoreFull
+
+# Python ignores SIGXFSZ, so that writing past the limit takes a part first and fails then, as a full disk does.
+SMALL_DISK = """
+import resource, sys
+from pathlib import Path
+from oasis_flows import log
+from oasis_flows.errors import StoreFull
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    with log.record(Path(sys.argv[1]), lambda block: None) as sink:
+        sink("stdout", b"x" * 150)
+except StoreFull as error:
+    print(error)
+"""
 
 
 def written(tmp_path, chunks, secrets=()):
@@ -21,6 +39,32 @@ def written(tmp_path, chunks, secrets=()):
 @pytest.mark.parametrize("data", [b"HI\n", b"no end", b"\xff\xfe\0\n", "é".encode()[:1], b"", b"\n\n", b"x" * 5_000_000])
 def test_the_file_has_every_byte(tmp_path, data):
     assert written(tmp_path, [("stdout", data)])[0] == data
+
+
+def test_a_full_disk_says_where_and_what_to_do(tmp_path):
+    path = tmp_path / "log.txt"
+    said = subprocess.run([sys.executable, "-c", SMALL_DISK, path], capture_output=True, text=True, check=True).stdout
+
+    assert said.startswith(f"The log {path} cannot be written: File too large. Free space there, or set OASIS_FLOWS_HOME")
+    assert path.read_bytes() == b"x" * 100
+
+
+def test_a_log_that_cannot_be_made_says_so(tmp_path):
+    with pytest.raises(StoreFull, match=r"none/log.txt cannot be written"), log.record(tmp_path / "none" / "log.txt", print):
+        pass
+
+
+def test_a_file_that_takes_only_a_part_gets_the_rest():
+    class Slow(io.BytesIO):
+        name = "slow"
+
+        def write(self, data):
+            return super().write(bytes(data)[:7])
+
+    file = Slow()
+    log.RunLog(file, lambda block: None, ())("stdout", b"0123456789" * 3)
+
+    assert file.getvalue() == b"0123456789" * 3
 
 
 def test_a_character_cut_by_chunks_is_whole_in_the_view(tmp_path):
