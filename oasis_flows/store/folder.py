@@ -14,6 +14,8 @@ from ..errors import DatasetError, UnsafeName
 from ..manifest import Entry
 from .transfer import CHUNK_BYTES, Location, checkpoint, translated
 
+MODE = 0o644
+
 KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFIFO: "a fifo (named pipe)",
@@ -127,8 +129,15 @@ def chunks_of(descriptor: int, where: str) -> Iterator[bytes]:
         yield chunk
 
 
+def _is_plainly_ours(descriptor: int) -> bool:
+    """Does the open file belong to this process's user and group, with no setuid, setgid or sticky bit?"""
+    facts = os.fstat(descriptor)
+    special = facts.st_mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX)
+    return (facts.st_uid, facts.st_gid, special) == (os.geteuid(), os.getegid(), 0)
+
+
 class Folder:
-    """The files of a local folder."""
+    """The files of a local folder. Those that are written or linked there are ours, with mode 644."""
 
     def __init__(self, location: Location) -> None:
         self.root = Path(location.path).expanduser()
@@ -163,6 +172,8 @@ class Folder:
             part = path.with_name(f".{secrets.token_hex(8)}.part")
             try:
                 with part.open("xb") as file:
+                    with suppress(PermissionError):  # some file systems have no modes
+                        os.fchmod(file.fileno(), MODE)
                     for chunk in chunks:
                         checkpoint()
                         file.write(chunk)
@@ -178,10 +189,17 @@ class Folder:
                 self._settle(path.parent)
 
     def link(self, name: str, descriptor: int) -> bool:
-        """Give the open file a second name here; `False` where the kernel does not (another file system, for one)."""
+        """Give the open file a second name here, and mode 644.
+
+        `False` where the kernel does not (another file system, for one), and for a file that is another user's or group's
+        or has a special mode: it has to be copied.
+        """
+        if not _is_plainly_ours(descriptor):
+            return False
         with translated(self._where(name), writing=True):
             path = self._room_for(name)
             try:
+                os.fchmod(descriptor, MODE)
                 path.unlink(missing_ok=True)
                 # Python passes `follow_symlinks` on only where a descriptor is given, too.
                 os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)

@@ -415,6 +415,34 @@ def test_a_local_dataset_is_staged_in_place_and_published_without_copying(
     assert folder == tmp_path / "store/data"
 
 
+@pytest.mark.parametrize(
+    ("mode", "owner", "group", "linked"),
+    [
+        (0o600, 0, 0, True),
+        (0o777, 0, 0, True),
+        (0o4755, 0, 0, False),
+        (0o2755, 0, 0, False),
+        (0o1644, 0, 0, False),
+        (0o644, 1234, 0, False),
+        (0o644, 0, 1234, False),
+    ],
+)
+def test_owner_and_mode_of_an_output_are_not_carried_into_a_local_store(
+    mode: int, owner: int, group: int, linked: bool, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    made = write_tree(tmp_path / "output", {"a": b"1"}) / "a"
+    os.chown(made, owner, group)
+    made.chmod(mode)
+    before = os.umask(0o077)
+    try:
+        publish(Location(str(tmp_path / "store")), tmp_path / "output")
+    finally:
+        os.umask(before)
+    facts = (tmp_path / "store/data/a").stat()
+    assert (facts.st_mode & 0o7777, facts.st_uid, facts.st_gid) == (0o644, os.geteuid(), os.getegid())
+    assert (facts.st_ino == made.stat().st_ino) == linked
+
+
 def test_a_file_that_nobody_published_is_found_in_a_local_published_dataset(
     publish: Callable[..., Summary], tmp_path: Path
 ) -> None:
