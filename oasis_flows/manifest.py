@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from .errors import DatasetError, UnsafeName
 
 MAX_SEGMENT_BYTES = 255
+MAX_NAME_BYTES = 4000
+MAX_LEVELS = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,11 @@ class Tally:
         )
 
 
+def shown(path: str) -> str:
+    """The name for a message: quoted, and cut after 60 characters."""
+    return repr(path) if len(path) <= 60 else f"{path[:60]!r}…"
+
+
 def check_name(path: str) -> None:
     """Return if the name can be carried to any store and any folder.
 
@@ -121,6 +128,11 @@ def check_name(path: str) -> None:
         raise UnsafeName(f"The file name {path!r} is not valid UTF-8. Rename it (convmv -f latin1 -t utf8 helps).") from None
     if b"\0" in path.encode():
         raise UnsafeName(f"The file name {path!r} holds a NUL character. Rename it.")
+    if len(path.encode()) > MAX_NAME_BYTES or len(segments) > MAX_LEVELS:
+        raise UnsafeName(
+            f"The file name {shown(path)} has {len(path.encode())} bytes and {len(segments)} levels, and at most "
+            f"{MAX_NAME_BYTES} bytes and {MAX_LEVELS} levels can be carried. Use shorter names and fewer folders."
+        )
     for segment in segments:
         if segment in (b"", b".", b".."):
             why = {b"": "an empty part", b".": "the part '.'", b"..": "the part '..'"}[segment]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import DatasetError, UnsafeName
-from ..manifest import Entry
+from ..manifest import MAX_LEVELS, Entry, shown
 from .transfer import CHUNK_BYTES, Location, checkpoint, translated
 
 MODE = 0o644
@@ -41,7 +41,12 @@ def refuse(message: str) -> None:
 def walk(root: Path, refused: Callable[[str], None] = refuse) -> Iterator[Found]:
     """The files below `root`, sorted by the bytes of their names; one folder's names are held at a time.
 
-    Links to files inside are files; all other links and everything that is neither file nor folder go to `refused`.
+    Links to files inside are files; all other links, everything that is neither file nor folder, and folders too deep or
+    with too long a path to be looked into go to `refused`, a sentence each.
+
+    Raises:
+        UnsafeName: by `refused`, unless another is given.
+        Missing: there is no folder `root`.
     """
     levels = [_names(root, "")]
     while levels:
@@ -49,9 +54,30 @@ def walk(root: Path, refused: Callable[[str], None] = refuse) -> Iterator[Found]
         if name is None:
             levels.pop()
         elif name.endswith("/"):
-            levels.append(_names(root, name))
-        elif (found := _look(root, name, refused)) is not None:
+            levels.append(_names_below(root, name, refused))
+        elif isinstance(found := _look(root, name), str):
+            refused(found)
+        else:
             yield found
+
+
+def _names_below(root: Path, folder: str, refused: Callable[[str], None]) -> Iterator[str]:
+    if folder.count("/") >= MAX_LEVELS:
+        refused(f"{shown(folder)} is a folder more than {MAX_LEVELS - 1} levels down in {root}. Use fewer folders.")
+        return iter(())
+    try:
+        return _names(root, folder)
+    except UnsafeName:
+        why = _unreachable(root, folder)
+    refused(why)
+    return iter(())
+
+
+def _unreachable(root: Path, name: str) -> str:
+    return (
+        f"{shown(name)}, of {len(os.fsencode(name))} bytes, has too long a path or too many links in {root} to be followed. "
+        "Use shorter names, fewer folders, and no links to links."
+    )
 
 
 def _names(root: Path, folder: str) -> Iterator[str]:
@@ -61,7 +87,16 @@ def _names(root: Path, folder: str) -> Iterator[str]:
     return iter([folder + name for name in sorted(names, key=os.fsencode)])
 
 
-def _look(root: Path, name: str, refused: Callable[[str], None]) -> Found | None:
+def _look(root: Path, name: str) -> Found | str:
+    """The file of this name, or (a str) why it cannot be carried."""
+    try:
+        return _file_at(root, name)
+    except (UnsafeName, RecursionError):
+        # The standard library follows links to links by recursion.
+        return _unreachable(root, name)
+
+
+def _file_at(root: Path, name: str) -> Found | str:
     where = f"{root}/{name}"
     with translated(where):
         facts = os.lstat(where)
@@ -69,12 +104,10 @@ def _look(root: Path, name: str, refused: Callable[[str], None]) -> Found | None
         if kind == stat.S_IFREG:
             return Found(name, facts.st_size, name)
         if kind != stat.S_IFLNK:
-            refused(f"{name!r} is {KINDS.get(kind, 'no file')} in {root}. A dataset holds files only: remove it.")
-            return None
+            return f"{name!r} is {KINDS.get(kind, 'no file')} in {root}. A dataset holds files only: remove it."
         real = _behind(root, name)
         if isinstance(real, str):
-            refused(f"{name!r} is a link {real}. Replace it by the file itself (cp -L), or remove it.")
-            return None
+            return f"{name!r} is a link {real}. Replace it by the file itself (cp -L), or remove it."
         return Found(name, (root / real).stat().st_size, str(real))
 
 

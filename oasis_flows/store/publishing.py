@@ -54,8 +54,8 @@ def publish(
     with _tidied(store):
         _abandon(store)
         found = walk(output) if commit else _carriable(output, skipped)
-        with closing(in_order(_PublishOne(store, output, meter), found, tick=meter.tick)) as entries:
-            summary = write_manifest(_counted(entries, meter), manifest)
+        with closing(in_order(_PublishOne(store, output, meter, strict=commit), found, tick=meter.tick)) as entries:
+            summary = write_manifest(_counted(entries, meter, skipped), manifest)
         store.delete(_left_over(store, manifest))
         _write_file(store, LOG, log)
         content = record(summary)
@@ -101,10 +101,13 @@ def _carriable(output: Path, skipped: Callable[[str], None]) -> Iterator[Found]:
             yield found
 
 
-def _counted(entries: Iterable[Entry], meter: Meter) -> Iterator[Entry]:
+def _counted(entries: Iterable[Entry | UnsafeName], meter: Meter, skipped: Callable[[str], None]) -> Iterator[Entry]:
     for entry in entries:
-        meter.file_done()
-        yield entry
+        if isinstance(entry, UnsafeName):
+            skipped(str(entry))
+        else:
+            meter.file_done()
+            yield entry
 
 
 def _left_over(store: Files, manifest: Path) -> Iterator[str]:
@@ -130,8 +133,18 @@ class _PublishOne:
     store: Files
     output: Path
     meter: Meter
+    strict: bool
 
-    def __call__(self, found: Found) -> Entry:
+    def __call__(self, found: Found) -> Entry | UnsafeName:
+        """The file's entry, once it is there; why this store cannot hold its name, unless that is raised (`strict`)."""
+        try:
+            return self._publish(found)
+        except UnsafeName as error:
+            if self.strict:
+                raise
+            return error
+
+    def _publish(self, found: Found) -> Entry:
         """Read the file once, for its hash and on its way."""
         name, reading = DATA + found.name, Reading(self.meter)
         with opened(self.output, found.real) as descriptor:

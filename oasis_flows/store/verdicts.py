@@ -37,6 +37,7 @@ DENIED = _words(
     "UnauthorizedAccess 401 403"
 )
 GONE = _words("NoSuchKey NoSuchVersion NotFound 404")
+NO_NAME = _words("InvalidObjectName InvalidPathError KeyTooLongError XMinioInvalidObjectName")
 FULL = _words("InsufficientCapacity InsufficientStorage QuotaExceeded XMinioStorageFull 507")
 BUSY = _words(
     "BandwidthLimitExceeded InternalError OperationAborted RequestTimeout RequestTimeoutException ServiceUnavailable "
@@ -108,7 +109,7 @@ def _by_code(code: str, where: str, why: str, writing: bool) -> OasisError:
         return Missing(f"{where} is not there. Check the address. The store said: {why}")
     if code in FULL:
         return StoreFull(f"The store of {where} has no room left. Free some, or use another store. It said: {why}")
-    if code == "InvalidPathError":
+    if code in NO_NAME:
         return UnsafeName(f"{where} has a name that cannot be carried. Rename it. The client said: {why}")
     if not code or code in BUSY or re.fullmatch(r"5\d\d", code):
         return StoreUnavailable(

@@ -364,6 +364,72 @@ def test_names_that_cannot_be_carried_are_refused_before_anything_is_written(
         assert (tmp_path / f"store{number}/data/good").exists()
 
 
+def long_path(output: Path) -> None:
+    nested(output, "n" * 200, 25)
+
+
+def many_folders(output: Path) -> None:
+    nested(output, "n", 1500)
+
+
+def links_to_links(output: Path) -> None:
+    for number in range(1000):
+        (output / f"n{number}").symlink_to(f"n{number + 1}")
+    (output / "n1000").symlink_to("good")
+
+
+def nested(top: Path, name: str, levels: int) -> None:
+    """Folders in folders, deeper than a path can say, and a file in the last."""
+    at = os.open(top, os.O_DIRECTORY)
+    for _ in range(levels):
+        os.mkdir(name, dir_fd=at)
+        below = os.open(name, os.O_DIRECTORY, dir_fd=at)
+        os.close(at)
+        at = below
+    os.close(os.open("deep", os.O_CREAT, dir_fd=at))
+    os.close(at)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Iterator[Path]:
+    """An output that Python could not remove."""
+    yield write_tree(tmp_path / "hostile", {"a good": b"1", "good": b"2", "z/good": b"3"})
+    subprocess.run(["rm", "-rf", str(tmp_path / "hostile")], check=True)
+
+
+@pytest.mark.parametrize("make", [long_path, many_folders, links_to_links])
+def test_folders_too_deep_to_follow_are_refused_and_left_out_of_a_failed_run(
+    make: Callable[[Path], None], place: Location, hostile: Path, publish: Callable[..., Summary]
+) -> None:
+    make(hostile)
+    with pytest.raises(UnsafeName, match="fewer folders"):
+        publish(place, hostile)
+    told: list[str] = []
+    publish(place, hostile, commit=False, skipped=told.append)
+    assert told
+    assert all("'n" in line and "fewer folders" in line and len(line) < 500 for line in told)
+    assert {"a good", "good", "z/good"} <= {entry.path for entry in files(place).list("data/")}
+    assert b"".join(store.read_file(place, store.LOG)) == b"HI\n"
+    assert json.loads(b"".join(store.read_file(place, store.RECORD)))["oasis_flows"] == 1
+    with pytest.raises(DatasetNotFound):
+        store.published(place)
+
+
+def test_a_name_that_the_store_cannot_hold_is_left_out_of_a_failed_run(
+    s3_place: Location, publish: Callable[..., Summary], tmp_path: Path
+) -> None:
+    long = "/".join(["n" * 200] * 10)
+    output = write_tree(tmp_path / "output", {"good": b"1", long: b"2"})
+    deep = Location(str(tmp_path / "store" / "/".join(["s" * 250] * 12)))
+    for place in (s3_place, deep):
+        with pytest.raises(UnsafeName, match="Rename"):
+            publish(place, output)
+        told: list[str] = []
+        assert publish(place, output, commit=False, skipped=told.append).file_count == 1
+        assert len(told) == 1
+        assert [entry.path for entry in files(place).list("data/")] == ["good"]
+
+
 def test_a_link_to_a_file_inside_is_published_as_that_file(
     place: Location, publish: Callable[..., Summary], tmp_path: Path
 ) -> None:

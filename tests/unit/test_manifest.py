@@ -48,14 +48,44 @@ def test_entries_out_of_order_are_refused(paths: list[str]) -> None:
         list(checked(backwards))
 
 
-@pytest.mark.parametrize("name", ["/a", "a//b", "a/../b", "..", ".", "a/./b", "a/", "", "a\0b", "a" * 256, "\udcff"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/a",
+        "a//b",
+        "a/../b",
+        "..",
+        ".",
+        "a/./b",
+        "a/",
+        "",
+        "a\0b",
+        "a" * 256,
+        "\udcff",
+        "/".join("d" * 256),
+        "/".join(["d" * 200] * 20),
+    ],
+)
 def test_a_name_that_could_leave_the_folder_or_fits_no_file_system_is_refused(name: str) -> None:
     with pytest.raises(UnsafeName):
         check_name(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["a b", "a\nb", "é", "e\u0301", "数据/ñ.txt", "-rf", "~", "a" * 255, "/".join("d" * 100), "\u202e.txt"]
+    "name",
+    [
+        "a b",
+        "a\nb",
+        "é",
+        "e\u0301",
+        "数据/ñ.txt",
+        "-rf",
+        "~",
+        "a" * 255,
+        "/".join("d" * 255),
+        "/".join(["d" * 199] * 20),
+        "\u202e.txt",
+    ],
 )
 def test_any_other_name_is_carried(name: str) -> None:
     check_name(name)
