@@ -107,7 +107,7 @@ class ContainerJob:
 
     `image` is what `Engine.prepare` returned. `command` and `entrypoint` are argument vectors; `None` leaves the
     image's own. `environment` is added to the image's; `secret_environment` too, and its values are in no record.
-    `lease` is a file that the owner keeps locked as long as it lives (see `lease`): who can lock it knows that
+    `lease` is a file that the owner keeps locked as long as it lives (see the module `lease`): who can lock it knows that
     the owner is dead. `timeout_seconds` counts from the container's start; at its end the container gets SIGTERM, and
     SIGKILL after `stop_grace_seconds`.
     """

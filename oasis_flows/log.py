@@ -6,6 +6,8 @@ a second, each cut in the middle when the container writes faster than anybody c
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,34 +31,40 @@ class Redactor:
     """Replaces secret values in a stream of bytes, also those that are cut by the edge of a chunk."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        values = sorted({s.encode() for s in secrets if s}, key=len, reverse=True)
-        self._secrets: Sequence[bytes] = values
+        self._secrets: Sequence[bytes] = sorted({s.encode() for s in secrets if s}, key=len, reverse=True)
+        self._any = re.compile(b"|".join(map(re.escape, self._secrets)))
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
         """The part of the stream so far that can be shown; the beginning of what may be a secret is held back."""
         if not self._secrets:
             return data
-        text = self._replace(self._held + data)
-        keep = max((n for s in self._secrets for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        text = self._held + data
+        edge = len(text) - self._unfinished(text)
+        for found in self._any.finditer(text):
+            if found.start() < edge < found.end():
+                edge = found.start()
+        self._held = text[edge:]
+        return self._any.sub(MASK, text[:edge])
 
     def close(self) -> bytes:
         """What was held back, at the end of the stream."""
         held, self._held = self._held, b""
-        return held
+        return self._any.sub(MASK, held) if self._secrets else held
 
-    def _replace(self, text: bytes) -> bytes:
-        for secret in self._secrets:
-            text = text.replace(secret, MASK)
-        return text
+    def _unfinished(self, text: bytes) -> int:
+        """How many of the last bytes may be the beginning of a secret."""
+        lengths = (n for s in self._secrets for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))
+        return max(lengths, default=0)
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
-    """A text with every secret value replaced."""
-    for secret in sorted((s for s in secrets if s), key=len, reverse=True):
-        text = text.replace(secret, MASK.decode())
+    """A text with every secret value replaced, also where somebody quoted it with escapes."""
+    forms = {
+        form for s in secrets if s for form in (s, repr(s)[1:-1], json.dumps(s)[1:-1], json.dumps(s, ensure_ascii=False)[1:-1])
+    }
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, MASK.decode())
     return text
 
 

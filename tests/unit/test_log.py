@@ -1,6 +1,7 @@
 """The log of a container: exact in the file, readable in the view, silent about secrets."""
 
 import io
+import json
 import subprocess
 import sys
 import time
@@ -143,6 +144,35 @@ def test_redaction_does_not_depend_on_how_the_stream_is_cut(data, cuts, secret):
     assert secret.encode() not in out
     whole = log.Redactor([secret])
     assert out == whole.feed(data) + whole.close()
+
+
+@given(
+    st.binary(max_size=20),
+    st.lists(st.integers(0, 6)),
+    st.lists(st.sampled_from(["ab", "abc", "abcdef", "bX", "cab"]), min_size=1),
+)
+def test_secrets_that_overlap_leave_nothing_whole(noise, cuts, secrets):
+    data = noise + "".join(secrets).encode() + noise + b"abX"
+    redactor, whole = log.Redactor(secrets), log.Redactor(secrets)
+    out, at = b"", 0
+    for cut in cuts:
+        out += redactor.feed(data[at : at + cut])
+        at += cut
+    out += redactor.feed(data[at:]) + redactor.close()
+
+    assert out == whole.feed(data) + whole.close()
+
+
+def test_the_rest_of_a_longer_secret_is_not_shown():
+    redactor = log.Redactor(["abc", "abcdef"])
+
+    assert redactor.feed(b"xabc") + redactor.feed(b"defy") + redactor.close() == b"x***y"
+
+
+@pytest.mark.parametrize("secret", ['tr"ub', "back\\slash", "new\nline", "é"])
+def test_a_secret_is_found_in_quotes_with_escapes(secret):
+    for said in (repr(secret), json.dumps(secret), secret):
+        assert log.redact(f"the engine said {said}", [secret]).count("***") == 1
 
 
 def test_the_last_lines_skip_blanks(tmp_path):
