@@ -33,8 +33,9 @@ def publish(
     """Publish the files of `output` under `location`, with the run's log and record; return what they add up to.
 
     With `commit` it is a dataset from the moment when this returns, and not before: a provisional `task.json`, which says
-    so, is written first, and the manifest last. What cannot be carried is refused before anything is written. Without `commit` there is no manifest, so nobody takes it
-    for a dataset, and what cannot be carried is left out: `skipped` is told, a sentence each.
+    so, is written first, and the manifest last. What cannot be carried is refused before anything is written. Without
+    `commit` there is no manifest, so nobody takes it for a dataset, and what cannot be carried is left out: `skipped` is
+    told, a sentence each.
 
     Calling it again replaces what an earlier call left there, whole or not. Links to files inside become files; empty
     folders are left out. The manifest stays on this machine too, as `workspace/output.jsonl`. Where the store is a
