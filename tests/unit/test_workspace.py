@@ -259,3 +259,15 @@ def opened_up(path):
     yield
     for folder, mode in modes:
         folder.chmod(mode)
+
+
+def test_folders_nested_deeper_than_python_counts_are_removed(tmp_path):
+    with workspace.open_workspace(tmp_path, "run") as space:
+        inner = os.open(space.fresh_output(), os.O_RDONLY)
+        for _ in range(1500):
+            os.mkdir("d", dir_fd=inner)
+            outer, inner = inner, os.open("d", os.O_RDONLY, dir_fd=inner)
+            os.close(outer)
+        os.close(inner)
+
+        assert list(space.fresh_output().iterdir()) == []
