@@ -115,7 +115,10 @@ def _publish(plan: Plan, workspace: Workspace, image: str, staged: Summary, exit
         refused=refused,
     )
     what = f"{oasis_status(exit, problem)}: {plan.algorithm_name} on {plan.dataset_name}, output {plan.document_name}"
-    create_markdown_artifact(text, key="oasis-run", description=what)
+    try:
+        create_markdown_artifact(text, key="oasis-run", description=what)
+    except Exception as error:  # noqa: BLE001  # a page that cannot be shown changes nothing about what became of the run
+        get_run_logger().warning("The run's page could not be saved: %s", error)
     if problem and exit.reason is Reason.OK:
         raise problem
     if problem:
