@@ -54,7 +54,7 @@ def owned_workspace(plan: Plan, here: Settings) -> Iterator[Workspace]:
             _sweep(here)
             yield workspace
         except OasisError as error:
-            if (error.transient and not workspace.is_empty) or _unpublished(workspace, error):
+            if (error.transient and workspace.is_resumable) or _unpublished(workspace, error):
                 hours = here.keep_seconds / 3600
                 kept = "What is done so far is kept for %g hours in %s; a retry of this run goes on from there."
                 get_run_logger().warning(kept, hours, workspace.path)

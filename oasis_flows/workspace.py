@@ -53,9 +53,9 @@ class Workspace:
         return self.path / "log.txt"
 
     @property
-    def is_empty(self) -> bool:
-        """Is there nothing that a retry could go on from?"""
-        return all(child == self.lease for child in self.path.iterdir())
+    def is_resumable(self) -> bool:
+        """Is there any file that a retry could go on from?"""
+        return any(child.name not in ("lease", "done") for child in self.path.iterdir())
 
     def done(self, step: str) -> dict[str, Any] | None:
         """What the step found out when it finished, or `None` if it has not."""
@@ -104,7 +104,7 @@ class Workspace:
             for child in self.path.iterdir():
                 if child != self.lease:
                     _delete(child)
-            if not self.is_empty:
+            if any(child != self.lease for child in self.path.iterdir()):
                 return False
             self.lease.unlink(missing_ok=True)
         except FileNotFoundError:

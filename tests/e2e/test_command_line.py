@@ -209,8 +209,8 @@ def test_yaml_may_use_anchors_and_merges(written):
     assert documents[1].fields["secret_environment"] == {"B": "hush"}
 
 
-def test_the_shipped_catalogue_is_correct_and_a_wrong_one_ends_with_two(written):
-    environment = {"PATH": os.environ["PATH"], "HOME": str(Path.home()), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+def test_the_shipped_catalogue_is_correct_and_a_wrong_one_ends_with_two(written, tmp_path):
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
     environment |= {name: value for name, value in os.environ.items() if name == "PYTHONPATH"}
 
     def check(folder):

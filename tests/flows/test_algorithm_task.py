@@ -438,7 +438,8 @@ def test_an_engine_that_stays_away_is_asked_three_times_and_the_run_says_so(ran)
     assert isinstance(done.result, EngineUnavailable)
     assert done.run["state"]["message"] == "The engine is away."
     assert done.workspace.exists()
-    assert lease.lapsed(done.workspace / "lease", 0)
+    with lease.taken(done.workspace / "lease", 0) as dead:
+        assert dead
     assert "a retry of this run goes on from there" in done.logs(containing="kept for 24 hours")
 
 
