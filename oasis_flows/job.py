@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -36,6 +36,10 @@ class Reason(StrEnum):
     COMMAND_NOT_FOUND = "command_not_found"
     NOT_EXECUTABLE = "not_executable"
     EXEC_FORMAT = "exec_format"
+    OUTPUT_TOO_LARGE = "output_too_large"
+    TOO_MANY_FILES = "too_many_files"
+    LOG_TOO_LARGE = "log_too_large"
+    DISK_FULL = "disk_full"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +79,11 @@ class Mount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """Hard limits. `gpus` is a number of devices, or "all"; 0 means none."""
+    """Hard limits. `gpus` is a number of devices, or "all"; 0 means none.
+
+    `output_bytes` and `output_files` are about what is below all writable mounts together, `log_bytes` about stdout and
+    stderr together; a container that passes one is stopped, with a reason of its own. `None` means no limit.
+    """
 
     cpus: float = 1.0
     memory_bytes: int = 1 << 30
@@ -83,6 +91,9 @@ class Resources:
     tmp_bytes: int | None = None
     pids: int = 1024
     gpus: int | Literal["all"] = 0
+    output_bytes: int | None = None
+    output_files: int | None = None
+    log_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,13 +140,23 @@ class ContainerJob:
     stop_grace_seconds: float = 10.0
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a container used at one moment: seconds since its start, processors in use, bytes of memory."""
+
+    seconds: float
+    cpus: float
+    memory_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerExit:
     """How a container ended.
 
     `exit_code` is `None` when it never started. `in_force` is what the engine itself said, before the start, about
-    limits, sandbox, user and mounts (JSON values only). `memory_peak_bytes` is `None` where it could not be read.
-    `detail` quotes the engine where it said why.
+    limits, sandbox, user and mounts (JSON values only). `memory_peak_bytes` and `cpu_seconds` are `None` where they could
+    not be read. `forks_refused` counts how often the limit of processes refused one. `usage` is what was seen from
+    outside while it ran, oldest first, never more than 240 samples. `detail` quotes the engine where it said why.
     """
 
     reason: Reason
@@ -144,6 +165,9 @@ class ContainerExit:
     finished_at: datetime | None = None
     memory_limit_bytes: int | None = None
     memory_peak_bytes: int | None = None
+    cpu_seconds: float | None = None
+    forks_refused: int = 0
+    usage: tuple[Sample, ...] = ()
     timeout_seconds: float | None = None
     in_force: Mapping[str, object] = field(default_factory=dict)
     detail: str = ""
@@ -159,13 +183,15 @@ class ContainerExit:
     def to_json(self) -> dict[str, object]:
         """The exit as JSON values; `from_json` reads them back."""
         values = {name: getattr(self, name) for name in self.__slots__}
+        values["usage"] = [astuple(sample) for sample in self.usage]
         return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ContainerExit:
         """The exit that `to_json` wrote."""
         times = {name: datetime.fromisoformat(text) for name in ("started_at", "finished_at") if (text := values[name])}
-        return cls(**{**values, **times, "reason": Reason(values["reason"])})
+        usage = tuple(Sample(*numbers) for numbers in values["usage"])
+        return cls(**{**values, **times, "reason": Reason(values["reason"]), "usage": usage})
 
     def raise_for_status(
         self, algorithm: str = "The algorithm", last_lines: Sequence[str] = (), log: str | None = None
@@ -224,6 +250,26 @@ def explain(exit: ContainerExit) -> tuple[str, str]:
             return (
                 "could not start, because its program is not made for this machine",
                 "Build the image for this machine's architecture; a script needs a first line such as #!/bin/sh." + quoted,
+            )
+        case Reason.OUTPUT_TOO_LARGE:
+            return (
+                f"was stopped because its output is too large {seconds}",
+                "Raise `max_output_size` in the Algorithm document, or let it write less.",
+            )
+        case Reason.TOO_MANY_FILES:
+            return (
+                f"was stopped because it wrote too many files {seconds}",
+                "Raise `max_output_files` in the Algorithm document, or let it write fewer.",
+            )
+        case Reason.LOG_TOO_LARGE:
+            return (
+                f"was stopped because its log is too large {seconds}",
+                "Raise `max_log_size` in the Algorithm document, or let it say less.",
+            )
+        case Reason.DISK_FULL:
+            return (
+                f"was stopped because the disk of the workspaces is nearly full {seconds}",
+                "Free space there, or set OASIS_FLOWS_HOME to a folder with room.",
             )
 
 
