@@ -24,6 +24,7 @@ from .job import counted, human_bytes
 from .manifest import Entry, Tally, to_line
 from .plan import checked_name, location
 from .running import follow, open_log, split_lines
+from .verdict import judge
 
 Options = argparse.Namespace
 
@@ -214,6 +215,7 @@ def _print_run(state: State[Any], result: object, *, as_json: bool) -> None:
         "state": state.name,
         "status": "Succeeded" if state.is_completed() else "Failed",
         "message": state.message if not state.is_completed() else None,
+        "verdict": judge(result).to_json() if isinstance(result, OasisError) else None,
         "dataset": result._block_document_name if isinstance(result, Dataset) else None,
         "url": source.url,
         "ui_url": source.ui_url,
