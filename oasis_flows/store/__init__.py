@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from .dataset import LOG, MANIFEST, RECORD, Published, published, read_manifest, scan
 from .publishing import publish
 from .staging import fetch_to, stage
-from .transfer import Location, files
+from .transfer import Location, Progress, files
 
 __all__ = [
     "LOG",
     "MANIFEST",
     "RECORD",
     "Location",
+    "Progress",
     "Published",
     "check_writable",
     "fetch_to",
