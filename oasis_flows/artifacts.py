@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -76,14 +76,14 @@ class TransferBar:
     def move(self, files: int, all_files: int, bytes: int, all_bytes: int) -> None:
         """Say how far the transfer is."""
         now, done = time.monotonic(), files == all_files
-        if self._given_up or (self._artifact is None and (done or now - self._began < _PATIENCE_SECONDS)):
+        if self._artifact is None and (done or self._given_up or now - self._began < _PATIENCE_SECONDS):
             return
         percent = 100.0 if done else float(min(99, 100 * bytes // all_bytes if all_bytes else 100 * files // all_files))
-        if percent == self._shown or (not done and now - self._moved < 1.0):
+        if percent == self._shown or (not done and (self._given_up or now - self._moved < 1.0)):
             return
-        # Prefect's client tries for a while by itself: once it has given up, the transfer waits for it no more.
-        self._given_up = True
-        with _harmless("The progress of a transfer"):
+        # A server that stalls may take minutes to refuse. It is asked once more at the end, so that no bar stays short of it.
+        warned, self._given_up = self._given_up, True
+        with suppress(Exception) if warned else _harmless("The progress of a transfer"):
             if self._artifact is None:
                 key = f"oasis-{self._step.replace('_', '-')}"
                 made = create_progress_artifact(percent, key=key, description=self._step.replace("_", " "))

@@ -583,6 +583,29 @@ class Refused(Exception):
     """What Prefect's client may raise."""
 
 
+def test_a_bar_that_could_not_be_moved_still_ends_full(ran, flaky, monkeypatch):
+    asked, tell = [], artifacts.update_progress_artifact
+
+    def refuse_at_first(bar, percent):
+        asked.append(percent)
+        if len(asked) == 1:
+            raise Refused("no room")
+        return tell(bar, percent)
+
+    monkeypatch.setattr(artifacts, "update_progress_artifact", refuse_at_first)
+
+    def many(job, log):
+        FlakyStore.seconds = 0.8
+        for number in range(100):
+            (host_path(job, "/work/output") / f"{number:04}").write_text("x")
+        return 0
+
+    done = ran(FakeEngine(many), store=flaky)
+
+    assert len(asked) == 2
+    assert done.artifacts["oasis-publish-output"] == asked[1] == 100
+
+
 def test_artifacts_that_prefect_does_not_take_fail_no_run(ran, flaky, monkeypatch):
     asked = []
 
