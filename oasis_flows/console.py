@@ -80,7 +80,7 @@ def dataset_add(options: Options) -> int:
     with _Bar("found") as bar:
         for entry in stores.scan(location(dataset), hash=location(dataset).is_local):
             tally.add(entry)
-            bar.show(tally.file_count, None, tally.size_bytes)
+            bar.show(tally.file_count, None, tally.size_bytes, None)
     found = tally.summary()
     if not found.file_count:
         raise DescriptionError(f"The folder {url} holds no files. Put the files there first, or correct the path.")
@@ -254,15 +254,15 @@ class _Bar:
         if self._on and self._last:
             print("\r\x1b[K", end="", file=sys.stderr)
 
-    def show(self, files: int, total: int | None, size: int) -> None:
+    def show(self, files: int, all_files: int | None, bytes: int, all_bytes: int | None) -> None:  # noqa: ARG002
         now = time.monotonic()
         if not self._on or now - self._last < 0.2:
             return
         self._last = now
-        rate = human_bytes(int(size / max(now - self._began, 0.001)))
-        drawn = f"[{'#' * (20 * files // total):20}] " if total else ""
+        rate = human_bytes(int(bytes / max(now - self._began, 0.001)))
+        drawn = f"[{'#' * (20 * files // all_files):20}] " if all_files else ""
         print(
-            f"\r\x1b[K{drawn}{files}{f'/{total}' if total else ''} files {self._verb}, {human_bytes(size)}, {rate}/s",
+            f"\r\x1b[K{drawn}{files}{f'/{all_files}' if all_files else ''} files {self._verb}, {human_bytes(bytes)}, {rate}/s",
             end="",
             file=sys.stderr,
             flush=True,

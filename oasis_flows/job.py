@@ -142,7 +142,10 @@ class ContainerJob:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a container used at one moment: seconds since its start, processors in use, bytes of memory."""
+    """What a container used: seconds since its start; since the sample before, processors on average and memory at most.
+
+    Memory is what could not be given back at once: the file cache that nobody uses is not counted.
+    """
 
     seconds: float
     cpus: float
@@ -155,9 +158,9 @@ class ContainerExit:
 
     `exit_code` is `None` when it never started. `in_force` is what the engine itself said, before the start, about
     limits, sandbox, user and mounts (JSON values only). `memory_peak_bytes` and `cpu_seconds` are `None` where they could
-    not be read. `forks_refused` counts how often the limit of processes refused one. `usage` is what was seen from
-    outside while it ran, oldest first, never more than 240 samples. `detail` quotes the engine where it said why;
-    `last_words` are the last lines on stderr, filled in by who keeps the log.
+    not be read; the time is that of the last look, a moment before the end. `forks_refused` counts how often the limit of
+    processes refused one. `usage` is what was seen from outside while it ran, oldest first, never more than 240 samples.
+    `detail` quotes the engine where it said why; `last_words` are the last lines on stderr, filled in by who keeps the log.
     """
 
     reason: Reason

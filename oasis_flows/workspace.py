@@ -53,6 +53,11 @@ class Workspace:
         return self.path / "log.txt"
 
     @property
+    def published_manifest(self) -> Path:
+        """What was published, as `store.publish` wrote it down here."""
+        return self.path / "output.jsonl"
+
+    @property
     def is_resumable(self) -> bool:
         """Is there any file that a retry could go on from?"""
         return any(child.name not in ("lease", "done") for child in self.path.iterdir())

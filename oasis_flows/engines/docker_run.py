@@ -15,10 +15,11 @@ from .. import lease
 from ..errors import ContainerLost, EngineError, EngineUnavailable, ImageNotFound, NoGpu, UnsupportedByEngine
 from ..job import ContainerExit, ContainerJob, LogSink, Reason
 from . import docker_spec as spec
-from .cgroup import MemoryPeak
 from .docker_errors import HOW_TO_GET_A_GPU, start_error, translated, words_of
 from .docker_output import Delivery, Pump
+from .docker_usage import UsageWatch
 from .docker_verdict import Evidence, container_exit, parse_time
+from .usage import Usage
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -168,12 +169,12 @@ class Supervision:
 
     def _watch(self, pump: Pump) -> ContainerExit:
         state = self._api.inspect_container(self._container.id)["State"]
-        peak = MemoryPeak(state.get("Pid") or 0, self._container.id)
+        watch = UsageWatch(self._api, self._container.id, state)
         clock = _Clock(self._job, state)
         pause, renewed = 0.02, 0.0
         while not pump.done.wait(pause):
             pause = min(pause * 1.5, 0.2)
-            peak.sample()
+            watch.sample()
             if time.monotonic() - renewed >= 1.0:
                 renewed = time.monotonic()
                 with contextlib.suppress(FileNotFoundError):
@@ -181,12 +182,12 @@ class Supervision:
             if signal_name := clock.due():
                 self._stopped_at_timeout = True
                 self._kill(signal_name)
-        return self._verdict(pump, peak)
+        return self._verdict(pump, watch.result())
 
-    def _verdict(self, pump: Pump, peak: MemoryPeak) -> ContainerExit:
+    def _verdict(self, pump: Pump, usage: Usage) -> ContainerExit:
         if pump.failure is not None:
             raise pump.failure
-        state = self._with_late_news(pump.state, peak)
+        state = self._with_late_news(pump.state, usage)
         died = state["ExitCode"] in (137, 143, 255) and not state.get("OOMKilled")
         if not self._stopped_at_timeout and ((pump.outages and died) or not self._engine_listens()):
             raise ContainerLost(
@@ -196,8 +197,7 @@ class Supervision:
         evidence = Evidence(
             state=state,
             in_force=self._container.in_force,
-            memory_peak_bytes=peak.bytes,
-            killed_for_memory=peak.killed,
+            usage=usage,
             stopped_at_timeout=self._stopped_at_timeout,
             stdout_bytes=self._delivery.bytes["stdout"],
             stderr_bytes=self._delivery.bytes["stderr"],
@@ -205,11 +205,11 @@ class Supervision:
         )
         return container_exit(self._job, evidence)
 
-    def _with_late_news(self, state: Mapping[str, Any], peak: MemoryPeak) -> Mapping[str, Any]:
+    def _with_late_news(self, state: Mapping[str, Any], usage: Usage) -> Mapping[str, Any]:
         """The state, waited for a little where memory ran out and the engine may only learn of a kill now."""
-        near = (peak.bytes or 0) >= 0.9 * self._job.resources.memory_bytes
+        near = (usage.memory_peak_bytes or 0) >= 0.9 * self._job.resources.memory_bytes
         until = time.monotonic() + 0.5
-        while near and not peak.killed and not state.get("OOMKilled") and time.monotonic() < until:
+        while near and not usage.killed_for_memory and not state.get("OOMKilled") and time.monotonic() < until:
             time.sleep(0.05)
             try:
                 with translated("asking for the state of a container"):

@@ -11,9 +11,9 @@ import requests
 import urllib3
 
 from oasis_flows.engines import docker_errors, docker_image, docker_spec
-from oasis_flows.engines.cgroup import find_peak_file
 from oasis_flows.engines.docker_output import Delivery, Demultiplexer
 from oasis_flows.engines.docker_verdict import Evidence, container_exit, parse_time, signal_name
+from oasis_flows.engines.usage import Reading, Usage
 from oasis_flows.errors import (
     DescriptionError,
     EngineError,
@@ -203,7 +203,9 @@ def test_verdict(state: dict[str, object], more: dict[str, object], reason: Reas
 
 def test_at_death_by_memory_the_peak_is_the_limit_at_least() -> None:
     state = {"ExitCode": 137, "OOMKilled": True, "Error": "the engine's words"}
-    ended = container_exit(JOB, Evidence(state=state, in_force={}, memory_peak_bytes=5))
+    usage = Usage()
+    usage.add(0.1, Reading(cpu_seconds=0.1, memory_bytes=5, memory_peak_bytes=5))
+    ended = container_exit(JOB, Evidence(state=state, in_force={}, usage=usage))
     assert ended.memory_peak_bytes == ended.memory_limit_bytes == 1 << 30
     assert "the engine's words" in ended.detail
 
@@ -354,22 +356,3 @@ def test_what_was_opened_is_not_looser() -> None:
     seen = docker_spec.in_force(created(job), {})
     assert docker_spec.looser_than_asked(job, seen, {}) == ()
     assert seen["gpus"] == [{"Count": 2, "Capabilities": [["gpu"]]}]
-
-
-@pytest.mark.parametrize(
-    ("line", "file"),
-    [
-        ("9:memory:/docker/abc", "sys/fs/cgroup/memory/docker/abc/memory.max_usage_in_bytes"),
-        ("0::/system.slice/docker-abc.scope", "sys/fs/cgroup/system.slice/docker-abc.scope/memory.peak"),
-        ("9:memory:/docker/somebody-else", None),
-        ("9:memory:/docker/abc", None),
-    ],
-)
-def test_peak_file(tmp_path: Path, line: str, file: str | None) -> None:
-    (tmp_path / "proc/7").mkdir(parents=True)
-    (tmp_path / "proc/7/cgroup").write_text(f"3:cpu:/docker/abc\n{line}\n")
-    if file:
-        (tmp_path / file).parent.mkdir(parents=True)
-        (tmp_path / file).write_text("1\n")
-    assert find_peak_file(7, "abc", tmp_path) == (tmp_path / file if file else None)
-    assert find_peak_file(8, "abc", tmp_path) is None
