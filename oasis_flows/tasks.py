@@ -23,7 +23,7 @@ from prefect.logging import get_run_logger
 from prefect.logging.loggers import PrefectLogAdapter
 from prefect.tasks import Task, exponential_backoff
 
-from . import log, store
+from . import log, progress, store
 from .blocks import Dataset
 from .errors import OasisError, UnsafeName
 from .job import ContainerExit, Reason, counted, human_bytes
@@ -181,6 +181,7 @@ def _progress(verb: str) -> Callable[[int, int | None, int], None]:
 
     def tell(files: int, total: int | None, size: int) -> None:
         nonlocal last
+        progress.tell(verb.lower(), files, total, size)
         if time.monotonic() - last >= 10:
             last = time.monotonic()
             logger.info("%s %d%s files, %s.", verb, files, f" of {total}" if total else "", human_bytes(size))

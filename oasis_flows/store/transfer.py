@@ -305,7 +305,7 @@ class Meter:
         self._files += 1
 
     def tick(self, *, last: bool = False) -> None:
-        """Tell `progress`, if it is time (or the end)."""
+        """Tell `progress`, if it is time or the end, when what is done is all there is."""
         if self._progress is not None and (last or time.monotonic() - self._told >= 0.2):
             self._told = time.monotonic()
-            self._progress(self._files, self.total, self._bytes)
+            self._progress(self._files, self._files if last else self.total, self._bytes)
