@@ -24,7 +24,7 @@ from prefect.logging import get_run_logger
 from prefect.logging.loggers import PrefectLogAdapter
 from prefect.tasks import Task, exponential_backoff
 
-from . import documents, log, store
+from . import documents, log, progress, store
 from .artifacts import TransferBar
 from .blocks import Dataset
 from .engines import Engine
@@ -268,6 +268,7 @@ def _progress(verb: str, step: str) -> store.Progress:
     def tell(files: int, all_files: int, bytes: int, all_bytes: int) -> None:
         nonlocal last
         bar.move(files, all_files, bytes, all_bytes)
+        progress.tell(verb.lower(), files, all_files, bytes, all_bytes)
         if time.monotonic() - last >= 10:
             last = time.monotonic()
             logger.info("%s %d of %d files, %s of %s.", verb, files, all_files, human_bytes(bytes), human_bytes(all_bytes))

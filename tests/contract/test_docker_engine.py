@@ -12,14 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import docker
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from oasis_flows import lease
-from oasis_flows.engines import docker_spec
+from oasis_flows.engines import docker_run, docker_spec
 from oasis_flows.engines.docker import DockerEngine
 from oasis_flows.errors import (
     ContainerLost,
@@ -264,7 +264,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "error"),
         [
-            ({"resources": Resources(gpus="all")}, NoGpu),
             ({"resources": Resources(cpus=10_000)}, UnsupportedByEngine),
             ({"user": "nosuchuser"}, DescriptionError),
             ({"sandbox": Sandbox(capabilities=("NOSUCH",))}, DescriptionError),
@@ -280,6 +279,20 @@ class TestRefusals:
             docker_engine.run(make_job("echo", "started", **changes), log)
         assert type(caught.value) is error
         assert not log.pieces
+
+    @pytest.mark.parametrize(("gpus", "count"), [(2, 2), ("all", -1)])
+    def test_gpus_are_asked_of_an_engine_that_has_none(
+        self, docker_engine: DockerEngine, docker_api: Any, make_job: Make, gpus: int | Literal["all"], count: int
+    ) -> None:
+        job, log = make_job("echo", "started", resources=Resources(gpus=gpus)), Log()
+        made = docker_run.create_container(docker_api, job, docker_api.info())
+        assert isinstance(made, docker_run.Container)
+        force: Any = made.in_force["gpus"]
+        assert [(asked["Count"], asked["Capabilities"]) for asked in force] == [(count, [["gpu"]])]
+        with pytest.raises(NoGpu, match=r"could not select device driver .* with capabilities: \[\[gpu\]\]"):
+            docker_engine.run(job, log)
+        assert not log.pieces
+        assert containers_of(docker_api, job.run_id) == []
 
     def test_no_engine(self, make_job: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")

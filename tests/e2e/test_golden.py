@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from prefect.blocks.system import Secret
 
-from oasis_flows import documents, store
+from oasis_flows import documents, store, tasks
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
 from oasis_flows.errors import AlgorithmFailed, DescriptionError, StoreUnavailable, UnsafeName
 from oasis_flows.flows.algorithm_task import algorithm_task
@@ -435,7 +435,8 @@ def test_a_failed_algorithm_leaves_its_log_and_output_on_s3_and_no_manifest(ran,
     assert b"".join(open_log(done.id, current()).read()) == b"alas\n"
 
 
-def test_a_store_that_does_not_answer_is_refused_before_any_container(ran, s3, image, bucket):
+def test_a_store_that_does_not_answer_is_refused_before_any_container(ran, s3, image, bucket, monkeypatch):
+    monkeypatch.setattr(tasks.stage_input, "retry_delay_seconds", [0.0] * tasks.stage_input.retries)
     with between(int(s3.endpoint.rpartition(":")[2])) as proxy:
         proxy.set(Faults(refuse=True))
         away = DatasetStore.load(f"store-{bucket}").model_copy(update={"endpoint_url": f"http://127.0.0.1:{proxy.port}"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Literal
 
 import docker.errors
 import pytest
@@ -356,3 +357,47 @@ def test_what_was_opened_is_not_looser() -> None:
     seen = docker_spec.in_force(created(job), {})
     assert docker_spec.looser_than_asked(job, seen, {}) == ()
     assert seen["gpus"] == [{"Count": 2, "Capabilities": [["gpu"]]}]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "requests"),
+    [
+        (0, []),
+        (1, [{"Count": 1, "Capabilities": [["gpu"]]}]),
+        (3, [{"Count": 3, "Capabilities": [["gpu"]]}]),
+        ("all", [{"Count": -1, "Capabilities": [["gpu"]]}]),
+    ],
+)
+def test_gpus_are_asked_for_as_device_requests(gpus: int | Literal["all"], requests: list[object]) -> None:
+    job = ContainerJob(run_id="r", image="i", lease=Path("/l"), resources=Resources(gpus=gpus))
+    assert docker_spec.create_body(job, {}, {})["HostConfig"]["DeviceRequests"] == requests
+
+
+RUNC = {"io.containerd.runc.v2": {"path": "runc"}, "io.containerd.runtime.v1.linux": {"path": "runc"}, "runc": {"path": "runc"}}
+# With what `nvidia-ctk runtime configure` writes, on a machine without a GPU: the engine does not look.
+NVIDIA = {**RUNC, "nvidia": {"path": "/usr/bin/nvidia-container-runtime"}}
+# From the Docker documentation: API 1.50, Docker 28.2 and newer.
+CDI = [{"Source": "cdi", "ID": "nvidia.com/gpu=0"}, {"Source": "cdi", "ID": "nvidia.com/gpu=all"}]
+OTHER_CDI = [{"Source": "cdi", "ID": "vendor.example.com/nic=0"}]
+
+
+@pytest.mark.parametrize(
+    ("info", "way"),
+    [
+        ({"Runtimes": RUNC}, None),
+        ({"Runtimes": NVIDIA}, "the nvidia runtime"),
+        ({"Runtimes": RUNC, "DiscoveredDevices": CDI}, "2 CDI devices"),
+        ({"Runtimes": RUNC, "DiscoveredDevices": OTHER_CDI}, None),
+        ({"Runtimes": None, "DiscoveredDevices": None}, None),
+    ],
+)
+def test_gpu_support(info: dict[str, object], way: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert docker_spec.gpu_support(info) == way
+
+
+def test_gpu_support_by_the_hook_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hook = tmp_path / "nvidia-container-runtime-hook"
+    hook.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert docker_spec.gpu_support({"Runtimes": RUNC}) == hook.name
