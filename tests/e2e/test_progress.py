@@ -95,7 +95,9 @@ def assert_moves_and_vanishes(frames: list[str], verb: str) -> None:
     assert files == sorted(files)
     assert 12 not in files
     assert len({(found[2], found[3]) for found in seen}) >= 3
-    assert all(len(found[1]) == 20 * int(found[2]) // 12 for found in seen)
+    bars = [len(found[1]) for found in seen]
+    assert bars == sorted(bars)
+    assert bars[0] < bars[-1] <= 20
     assert frames[frames.index(seen[-1][0]) + 1] == ""
 
 
