@@ -7,7 +7,7 @@ are seconds or aware datetimes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -40,6 +40,11 @@ class Reason(StrEnum):
     TOO_MANY_FILES = "too_many_files"
     LOG_TOO_LARGE = "log_too_large"
     DISK_FULL = "disk_full"
+
+    @property
+    def keeps_output(self) -> bool:
+        """Is what was written published? Of an output that was too much nobody looks at the half, and it would fill the store."""
+        return self not in (Reason.OUTPUT_TOO_LARGE, Reason.TOO_MANY_FILES, Reason.DISK_FULL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +160,8 @@ class ContainerExit:
 
     `exit_code` is `None` when it never started. `in_force` is what the engine itself said, before the start, about
     limits, sandbox, user and mounts (JSON values only). `memory_peak_bytes` and `cpu_seconds` are `None` where they could
-    not be read. `forks_refused` counts how often the limit of processes refused one. `usage` is what was seen from
+    not be read. `limit_passed` is the limit of output, files or log that it passed, or what must stay free of a disk: bytes
+    or files, as the reason has it. `forks_refused` counts how often the limit of processes refused one. `usage` is what was seen from
     outside while it ran, oldest first, never more than 240 samples. `detail` quotes the engine where it said why.
     """
 
@@ -169,6 +175,7 @@ class ContainerExit:
     forks_refused: int = 0
     usage: tuple[Sample, ...] = ()
     timeout_seconds: float | None = None
+    limit_passed: int | None = None
     in_force: Mapping[str, object] = field(default_factory=dict)
     detail: str = ""
 
@@ -214,6 +221,7 @@ def explain(exit: ContainerExit) -> tuple[str, str]:
     """What happened, as the end of a sentence that begins with the algorithm's name, and what to do about it."""
     seconds = f"after {exit.seconds:.1f} s"
     quoted = f" The engine said: {exit.detail}" if exit.detail else ""
+    lost = "Its files were not kept."
     match exit.reason:
         case Reason.OK:
             return f"succeeded {seconds}", ""
@@ -253,24 +261,29 @@ def explain(exit: ContainerExit) -> tuple[str, str]:
             )
         case Reason.OUTPUT_TOO_LARGE:
             return (
-                f"was stopped because its output is too large {seconds}",
-                "Raise `max_output_size` in the Algorithm document, or let it write less.",
+                f"wrote more than {_limit(exit, human_bytes)} of output {seconds}",
+                "Raise `max_output_size` in the Algorithm document, or let it write less; files with holes count whole. "
+                + lost,
             )
         case Reason.TOO_MANY_FILES:
             return (
-                f"was stopped because it wrote too many files {seconds}",
-                "Raise `max_output_files` in the Algorithm document, or let it write fewer.",
+                f"wrote more than {_limit(exit, str)} files and folders {seconds}",
+                "Raise `max_output_files` in the Algorithm document, or let it write fewer, such as one archive. " + lost,
             )
         case Reason.LOG_TOO_LARGE:
             return (
-                f"was stopped because its log is too large {seconds}",
-                "Raise `max_log_size` in the Algorithm document, or let it say less.",
+                f"wrote more than {_limit(exit, human_bytes)} to its log {seconds}",
+                "Raise `max_log_size` in the Algorithm document, or let it say less. Its log ends at the limit.",
             )
         case Reason.DISK_FULL:
             return (
-                f"was stopped because the disk of the workspaces is nearly full {seconds}",
-                "Free space there, or set OASIS_FLOWS_HOME to a folder with room.",
+                f"was stopped {seconds}, because less than {_limit(exit, human_bytes)} was free on the disk of its output",
+                "Free space there, or set OASIS_FLOWS_HOME to a folder with room. " + lost,
             )
+
+
+def _limit(exit: ContainerExit, words: Callable[[int], str]) -> str:
+    return "its limit" if exit.limit_passed is None else words(exit.limit_passed)
 
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}

@@ -101,7 +101,7 @@ def page(
         ("Algorithm", f"`{plan.algorithm_name}`" + "".join(f", {name} = `{value}`" for name, value in plan.parameters.items())),
         ("Image", f"`{source}`, `{_short(image)}`"),
         ("Input", f"`{plan.dataset_name}`: {_counted(staged)}"),
-        *_output_rows(plan, status, published),
+        *_output_rows(plan, exit, status, published),
         ("Time", stages),
         ("Peak memory", f"{human_bytes(exit.memory_peak_bytes)} of {human_bytes(exit.memory_limit_bytes)}"),
         ("Sandbox", f"loosened: {', '.join(loosened(plan))}" if loosened(plan) else "closed"),
@@ -113,9 +113,14 @@ def page(
     return f"{what}\n### The log's last lines\n\n{log}\n"
 
 
-def _output_rows(plan: Plan, status: str, published: Summary | None) -> list[tuple[str, str]]:
+def _output_rows(plan: Plan, exit: ContainerExit, status: str, published: Summary | None) -> list[tuple[str, str]]:
     if published is None:
         return [("Output", "not published; the run's log says why")]
+    if not exit.reason.keeps_output:
+        return [
+            ("Output", "no dataset; its files were not kept"),
+            ("Log, record", f"`{plan.output.url}`/`log.txt`, `task.json`"),
+        ]
     named = f"dataset `{plan.document_name}`" if status == "Succeeded" else "no dataset; what there was is kept to be looked at"
     return [
         ("Output", f"{named}: {_counted(published)}"),

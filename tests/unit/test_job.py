@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -85,6 +86,21 @@ def test_memory_names_limit_and_peak() -> None:
     sentence, advice = explain(ended(Reason.OUT_OF_MEMORY, memory_limit_bytes=1 << 30, memory_peak_bytes=1 << 30))
     assert "limit 1.0 GiB, peak 1.0 GiB" in sentence
     assert "Raise `memory`" in advice
+
+
+@pytest.mark.parametrize(
+    ("reason", "limit", "said"),
+    [
+        (Reason.OUTPUT_TOO_LARGE, 5 << 30, "wrote more than 5.0 GiB of output after 2.0 s"),
+        (Reason.TOO_MANY_FILES, 2000, "wrote more than 2000 files and folders after 2.0 s"),
+        (Reason.LOG_TOO_LARGE, 1 << 20, "wrote more than 1.0 MiB to its log after 2.0 s"),
+        (Reason.DISK_FULL, 1 << 30, "was stopped after 2.0 s, because less than 1.0 GiB was free on the disk of its output"),
+    ],
+)
+def test_too_much_names_the_limit(reason: Reason, limit: int, said: str) -> None:
+    exit = ended(reason, limit_passed=limit)
+    assert explain(exit)[0] == said
+    assert ContainerExit.from_json(json.loads(json.dumps(exit.to_json()))) == exit
 
 
 def test_never_started_took_no_time() -> None:
