@@ -87,14 +87,15 @@ class Watch:
             self._watch()
 
     def _watch(self) -> None:
-        found, disks, again, at_once = Usage(), self._disks(), 0.0, 0.0
+        found, again, at_once = Usage(), 0.0, 0.0
+        first = disks = self._disks()
         while self.passed is None and not self._leave.wait(_SECONDS_BETWEEN_LOOKS):
             began, now = time.monotonic(), self._disks()
             if began >= again or (began >= at_once and found.grown(disks, now).over(self._limits)):
                 found, disks = self._walk(), now
                 ended = time.monotonic()
                 again, at_once = ended + _REST * (ended - began), ended + _SHORT_REST * (ended - began)
-            self.passed = found.over(self._limits) or (_too_full(now) if found.bytes else None)
+            self.passed = found.over(self._limits) or _too_full(first, now)
 
     def _walk(self) -> Usage:
         found = measure(self._folders, self._limits, self._leave)
@@ -105,11 +106,14 @@ class Watch:
         return [os.statvfs(folder) for folder in self._folders]
 
 
-def _too_full(disks: Sequence[os.statvfs_result]) -> Passed | None:
-    """Is less free than the machine itself needs to live?"""
-    for disk in disks:
-        reserve = min(_RESERVE_BYTES, int(disk.f_blocks * disk.f_frsize * _RESERVE_SHARE))
-        if disk.f_bavail * disk.f_frsize < reserve:
+def _too_full(first: Sequence[os.statvfs_result], now: Sequence[os.statvfs_result]) -> Passed | None:
+    """Is less free than the machine itself needs, and less than at first?
+
+    That need not be this container's doing, but nobody can tell: a file that is open and has no name is seen by the disk only.
+    """
+    for old, new in zip(first, now, strict=True):
+        reserve = min(_RESERVE_BYTES, int(new.f_blocks * new.f_frsize * _RESERVE_SHARE))
+        if new.f_bavail * new.f_frsize < reserve and new.f_bavail < old.f_bavail:
             return Passed(Reason.DISK_FULL, reserve)
     return None
 

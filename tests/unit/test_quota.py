@@ -9,8 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import pytest
-
 from oasis_flows.engines.quota import Passed, Usage, Watch, measure
 from oasis_flows.job import ContainerJob, Mount, Reason, Resources
 
@@ -133,18 +131,3 @@ def test_a_big_output_costs_little_of_the_time(tmp_path: Path) -> None:
     with Watch(job(tmp_path, output_files=1_000_000)):
         time.sleep(4)
     assert time.process_time() - used < 0.1 * 4
-
-
-@pytest.mark.parametrize(("reserved", "passed"), [(0.001, None), (0.999, Reason.DISK_FULL)])
-def test_a_nearly_full_disk_counts_for_those_who_wrote(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reserved: float, passed: Reason | None
-) -> None:
-    # A whole disk is filled for real in tests/contract/test_sandbox.py.
-    monkeypatch.setattr("oasis_flows.engines.quota._RESERVE_SHARE", reserved)
-    monkeypatch.setattr("oasis_flows.engines.quota._RESERVE_BYTES", 1 << 60)
-    with Watch(job(tmp_path)) as watch:
-        time.sleep(0.5)
-        assert watch.passed is None
-        (tmp_path / "a").write_bytes(b"x")
-        time.sleep(0.5)
-    assert (watch.passed.reason if watch.passed else None) is passed
