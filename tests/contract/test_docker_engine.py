@@ -114,6 +114,11 @@ class TestSandbox:
         assert privileges.split() == ["NoNewPrivs:", "0"]
         assert rest[0] == "written"
 
+    def test_pids_are_limited(self, sh: Sh) -> None:
+        ended, log = sh("i=0; while [ $i -lt 60 ]; do sleep 5 & i=$((i+1)); done", resources=Resources(pids=20))
+        assert b"fork" in log.text("stderr")
+        assert ended.reason is Reason.EXIT_NONZERO
+
     def test_environment_is_the_images_and_the_jobs(self, sh: Sh) -> None:
         given = {"A": "1", "SPACE": "a b", "QUOTES": "'\"$X`{}", "EMPTY": "", "FROM_IMAGE": "replaced", "UNICODE": "äß€"}
         _, log = sh("env -0", environment=given, secret_environment={"KEY": "s3cret"})
