@@ -224,7 +224,7 @@ class TestNowhere:
 
     def test_nothing_is_held_back(self, probed: Probed) -> None:
         nothing = "0" * 16
-        sets = [word for name in ("Inh", "Prm", "Eff", "Bnd", "Amb") for word in (f"Cap{name}:", nothing)]
+        sets = [word for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb") for word in (f"{name}:", nothing)]
         assert probed.said["look: status"].split() == [*sets, "NoNewPrivs:", "1", "Seccomp:", "2"]
 
     def test_there_is_only_the_loopback(self, probed: Probed) -> None:
