@@ -183,6 +183,11 @@ def _output_rows(plan: Plan, account: Account, verdict: Verdict) -> list[tuple[s
     published = account.published
     if published is None and verdict.code != UnsafeName.code:
         return [("Output", "not published; the run's log says why")]
+    if account.exit is not None and not account.exit.reason.keeps_output:
+        return [
+            ("Output", "no dataset; its files were not kept"),
+            ("Log, record", f"`{plan.output.url}`/`log.txt`, `task.json`"),
+        ]
     good = verdict.code == Reason.OK
     name = f"[{plan.document_name}]({account.document_url})" if account.document_url else f"`{plan.document_name}`"
     named = f"dataset {name}" if good else "no dataset; what there was is kept to be looked at"

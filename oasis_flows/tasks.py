@@ -180,6 +180,8 @@ def publish_output(
 ) -> tuple[Summary, Dataset | None]:
     """Publish what the container wrote, with its log and record; a Dataset document only if it succeeded.
 
+    Of an output that was too much: log and record only; its files are deleted first, for these may need the room.
+
     Raises:
         UnsafeName: the output cannot be a dataset; it was kept like that of a failed run.
     """
@@ -187,6 +189,8 @@ def publish_output(
         summary = Summary(**done["summary"])
     else:
         started = time.monotonic()
+        if not exit.reason.keeps_output:
+            workspace.fresh_output()
 
         def publish(verdict: Verdict) -> Summary:
             def record(found: Summary) -> bytes:

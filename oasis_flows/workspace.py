@@ -175,11 +175,11 @@ def _age(path: Path) -> float:
 def _delete(path: Path) -> None:
     """Delete a file, or a folder as far as it can be."""
     if path.is_dir() and not path.is_symlink():
-        try:
+        with suppress(RecursionError):
             shutil.rmtree(path, ignore_errors=True)
-        except RecursionError:
-            # A container may nest folders deeper than Python counts; rm does not count.
-            subprocess.run(["rm", "-rf", "--", path], stderr=subprocess.DEVNULL, check=False)
+        # A container may nest folders deeper than Python counts, and close them to their owner; neither stops these.
+        for program in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]) if path.exists() else ():
+            subprocess.run([*program, "--", path], stderr=subprocess.DEVNULL, check=False)
     else:
         with suppress(OSError):
             path.unlink()

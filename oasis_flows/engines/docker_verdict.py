@@ -11,6 +11,7 @@ from typing import Any
 
 from ..job import ContainerExit, ContainerJob, Reason
 from .docker_errors import init_failure
+from .quota import Passed
 from .usage import Usage
 
 
@@ -22,6 +23,7 @@ class Evidence:
     in_force: Mapping[str, object]
     usage: Usage = field(default_factory=Usage)
     stopped_at_timeout: bool = False
+    passed: Passed | None = None
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     stderr_head: bytes = b""
@@ -31,7 +33,8 @@ def container_exit(job: ContainerJob, evidence: Evidence) -> ContainerExit:
     """How a container ended that did end.
 
     Memory comes first: with a killed child even an exit code of 0 says nothing about the output. The kernel kills only
-    when the limit is reached, so then the peak is the limit at least, whatever the last sample was.
+    when the limit is reached, so then the peak is the limit at least, whatever the last sample was. An output or a log that
+    passed its limit comes before any exit code.
     """
     state, limit = evidence.state, job.resources.memory_bytes
     reason, detail = _reason(evidence)
@@ -47,6 +50,7 @@ def container_exit(job: ContainerJob, evidence: Evidence) -> ContainerExit:
         forks_refused=evidence.usage.forks_refused,
         usage=evidence.usage.samples(),
         timeout_seconds=job.timeout_seconds,
+        limit_passed=evidence.passed.limit if evidence.passed and reason is evidence.passed.reason else None,
         in_force=evidence.in_force,
         detail=" ".join(part for part in (detail, str(state.get("Error") or "")) if part),
     )
@@ -59,6 +63,8 @@ def _reason(evidence: Evidence) -> tuple[Reason, str]:
         return Reason.OUT_OF_MEMORY, "" if code == 137 else "a process inside was killed for memory"
     if evidence.stopped_at_timeout:
         return Reason.TIMED_OUT, ""
+    if evidence.passed:
+        return evidence.passed.reason, ""
     if code == 0:
         return Reason.OK, ""
     if code == 137:

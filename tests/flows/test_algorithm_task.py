@@ -250,6 +250,7 @@ def test_the_container_gets_its_folders_and_exactly_the_described_environment(ra
     }
     assert [(m.target, m.read_only) for m in job.mounts] == [("/srv/x/input", True), ("/srv/x/output", False)]
     assert job.mounts[0].source == Path(notes.url)
+    assert (job.resources.output_bytes, job.resources.output_files, job.resources.log_bytes) == (100 << 30, 1_000_000, 1 << 30)
     assert (job.run_id, job.attempt, job.working_dir) == (done.id, 1, "/srv/x")
 
 
@@ -359,6 +360,35 @@ def test_a_failed_algorithm_is_explained_kept_for_a_look_and_no_dataset(ran, exi
     assert done.record["status"] == "Failed"
     assert documents.find(Dataset, done.record["output"]["name"]) is None
     assert "| Status | Failed (Prefect says " in done.artifacts["oasis-run"]
+    assert not done.workspace.exists()
+
+
+@pytest.mark.parametrize(
+    ("limits", "code", "sentence", "kept"),
+    [
+        ({"max_output_size": "1KiB"}, "output_too_large", "wrote more than 1.0 KiB of output after", False),
+        ({"max_output_files": 1}, "too_many_files", "wrote more than 1 files and folders after", False),
+        ({"max_log_size": "1KiB"}, "log_too_large", "wrote more than 1.0 KiB to its log after", True),
+    ],
+)
+def test_of_an_output_that_is_too_much_log_and_record_are_kept(ran, limits, code, sentence, kept):
+    words = b"many words\n" * (100 if kept else 90)
+
+    def much(job, log):
+        for name in ("a.txt", "b.txt"):
+            (host_path(job, "/work/output") / name).write_bytes(bytes(600))
+        log("stdout", words)
+        return 0
+
+    done = ran(FakeEngine(much), Algorithm(docker_image=IMAGE, **limits))
+
+    assert isinstance(done.result, AlgorithmFailed)
+    assert sentence in done.run["state"]["message"]
+    assert (done.record["status"], done.record["verdict"]["code"], done.record["exit"]["reason"]) == ("Failed", code, code)
+    assert {path.name for path in done.folder.iterdir()} == {"log.txt", "task.json"} | ({"data"} if kept else set())
+    assert (done.folder / "log.txt").read_bytes() == words[:1024]
+    assert ("its files were not kept" in done.artifacts["oasis-run"]) is not kept
+    assert documents.find(Dataset, done.record["output"]["name"]) is None
     assert not done.workspace.exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ import urllib3
 from oasis_flows.engines import docker_errors, docker_image, docker_spec
 from oasis_flows.engines.docker_output import Delivery, Demultiplexer
 from oasis_flows.engines.docker_verdict import Evidence, container_exit, parse_time, signal_name
+from oasis_flows.engines.quota import Passed
 from oasis_flows.engines.usage import Reading, Usage
 from oasis_flows.errors import (
     DescriptionError,
@@ -180,6 +182,7 @@ def test_a_silent_engine_is_transient() -> None:
         raise docker.errors.DockerException(words)
 
 
+PASSED = Passed(Reason.TOO_MANY_FILES, 7)
 JOB = ContainerJob(run_id="r", image="i", lease=Path("/l"), timeout_seconds=5, secret_environment={"K": "s3cret"})
 
 
@@ -193,6 +196,10 @@ JOB = ContainerJob(run_id="r", image="i", lease=Path("/l"), timeout_seconds=5, s
         ({"ExitCode": 0, "OOMKilled": True}, {}, Reason.OUT_OF_MEMORY),
         ({"ExitCode": 137}, {"stopped_at_timeout": True}, Reason.TIMED_OUT),
         ({"ExitCode": 0}, {"stopped_at_timeout": True}, Reason.TIMED_OUT),
+        ({"ExitCode": 0}, {"passed": PASSED}, Reason.TOO_MANY_FILES),
+        ({"ExitCode": 3}, {"passed": PASSED}, Reason.TOO_MANY_FILES),
+        ({"ExitCode": 137}, {"passed": PASSED}, Reason.TOO_MANY_FILES),
+        ({"ExitCode": 137, "OOMKilled": True}, {"passed": PASSED}, Reason.OUT_OF_MEMORY),
         ({"ExitCode": 127}, {"stderr_head": TINI_MISSING, "stderr_bytes": len(TINI_MISSING)}, Reason.COMMAND_NOT_FOUND),
         ({"ExitCode": 127}, {"stderr_head": SHELL_MISSING, "stderr_bytes": len(SHELL_MISSING)}, Reason.EXIT_NONZERO),
     ],
@@ -200,6 +207,7 @@ JOB = ContainerJob(run_id="r", image="i", lease=Path("/l"), timeout_seconds=5, s
 def test_verdict(state: dict[str, object], more: dict[str, object], reason: Reason) -> None:
     ended = container_exit(JOB, Evidence(state=state, in_force={}, **more))  # type: ignore[arg-type]
     assert (ended.reason, ended.exit_code) == (reason, state["ExitCode"])
+    assert ended.limit_passed == (7 if reason is Reason.TOO_MANY_FILES else None)
 
 
 def test_at_death_by_memory_the_peak_is_the_limit_at_least() -> None:
@@ -248,6 +256,19 @@ def test_a_completed_log_repeats_nothing() -> None:
     delivery.deliver("stdout", b"abc")
     delivery.complete([("stdout", b"ab"), ("stderr", b"e"), ("stdout", b"cd"), ("stdout", b"ef")])
     assert seen == [("stdout", b"abc"), ("stderr", b"e"), ("stdout", b"d"), ("stdout", b"ef")]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_a_log_is_cut_at_its_limit_wherever_it_comes_from(size: int) -> None:
+    seen: list[bytes] = []
+    delivery = Delivery(lambda stream, data: seen.append(data), 7)
+    delivery.deliver("stdout", b"abc")
+    whole = b"abcdefgh"
+    delivery.complete(("stdout", whole[at : at + size]) for at in range(0, 7, size))
+    assert (b"".join(seen), delivery.overflowed) == (whole[:7], size == 100 or 7 % size != 0)
+    delivery.complete([("stdout", whole), ("stderr", b"x")])
+    assert (b"".join(seen), delivery.overflowed) == (whole[:7], True)
+    assert b"" not in seen
 
 
 @pytest.mark.parametrize(
@@ -349,6 +370,25 @@ def test_a_writable_mount_that_should_not_be() -> None:
     assert docker_spec.looser_than_asked(job, docker_spec.in_force(seen, {}), {}) == ()
     seen["Mounts"][0]["RW"] = True  # type: ignore[index]
     assert docker_spec.looser_than_asked(job, docker_spec.in_force(seen, {}), {}) == ("read-only mounts",)
+
+
+def test_a_volume_of_the_image_is_in_memory_unless_the_root_is_writable() -> None:
+    image = {"Config": {"Volumes": {"/data/": {}, "/tmp": {}, "/out": {}}}}
+    job = ContainerJob(
+        run_id="r", image="i", lease=Path("/l"), mounts=(Mount(source=Path("/x"), target="/out", read_only=False),)
+    )
+    host = docker_spec.create_body(job, {}, image)["HostConfig"]
+    assert list(host["Tmpfs"]) == ["/data", "/tmp"]
+    opened = replace(job, sandbox=Sandbox(writable_root=True))
+    assert list(docker_spec.create_body(opened, {}, image)["HostConfig"]["Tmpfs"]) == ["/tmp"]
+
+
+def test_a_volume_that_the_engine_added_is_looser() -> None:
+    seen = created(JOB)
+    seen["Mounts"] = [{"Type": "volume", "Source": "/v", "Destination": "/data", "RW": True}]
+    assert docker_spec.looser_than_asked(JOB, docker_spec.in_force(seen, {"SwapLimit": True}), {"SwapLimit": True}) == (
+        "read-only root",
+    )
 
 
 def test_what_was_opened_is_not_looser() -> None:
