@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -234,10 +235,14 @@ STEPS = "head -c 20000000 /dev/zero > /tmp/a; sleep 0.8; head -c 20000000 /dev/z
 
 class TestUsage:
     def test_processors(self, sh: Sh) -> None:
-        ended, _ = sh(WORK, resources=Resources(cpus=0.5))
-        assert ended.cpu_seconds is not None
-        assert 0.4 < ended.cpu_seconds / ended.usage[-1].seconds < 0.62
-        assert 0.4 < sum(sample.cpus for sample in ended.usage[2:]) / len(ended.usage[2:]) < 0.62
+        # The shell's own account of its time, in minutes and seconds: user and system, of itself and its children.
+        ended, log = sh(f"{WORK}; times; sleep 0.5", resources=Resources(cpus=0.5))
+        its_own = sum(int(m) * 60 + float(s) for m, s in re.findall(r"(\d+)m([\d.]+)s", log.text("stdout").decode()))
+        assert ended.cpu_seconds == pytest.approx(its_own, rel=0.1, abs=0.1)
+        assert ended.cpu_seconds / ended.usage[-1].seconds < 0.62
+        times = [0.0, *(sample.seconds for sample in ended.usage)]
+        drawn = sum(sample.cpus * (now - before) for sample, before, now in zip(ended.usage, times, times[1:], strict=False))
+        assert drawn == pytest.approx(its_own, rel=0.15, abs=0.15)
 
     def test_memory(self, sh: Sh) -> None:
         ended, _ = sh(STEPS, resources=Resources(memory_bytes=256 * MIB))
