@@ -1,6 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# How many processes run tests, each with servers of its own (about 1.5 GB).
+WORKERS ?= 2
+
 # What the tests use beside Python: an S3 server, a registry, a browser, a container engine.
 TEST_PACKAGES := ceph-mon ceph-osd ceph-common radosgw docker-registry apache2-utils chromium busybox-static docker.io
 
@@ -32,7 +35,7 @@ demo-down: ## stop the Prefect server that the demo left running
 test: install ## every test, against a real engine, S3 server, Prefect server and browser
 	@scripts/debian-packages $(TEST_PACKAGES)
 	@engine=$$(scripts/engine-up) && export "$$engine" && \
-		$(BIN)/python -m pytest $(PYTEST_ARGS)
+		$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: install ## formatting, types, import directions, spelling
 	$(BIN)/ruff check
