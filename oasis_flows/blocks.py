@@ -271,6 +271,10 @@ class Algorithm(Block):
     tmp_size: str | None = Field(
         default=None, description="Hard limit of /tmp, which lives in its memory. Empty: half of the machine's memory."
     )
+    memory_max: str | None = Field(
+        default=None,
+        description="Run it again, once, with this much memory when `memory` did not suffice. Empty: never.",
+    )
 
     @field_validator("command", "entrypoint")
     @classmethod
@@ -320,13 +324,13 @@ class Algorithm(Block):
             raise ValueError(f"{value} makes no sense. Write a whole number from 2 to 4194304, such as 1024")
         return value
 
-    @field_validator("memory", "shm_size", "tmp_size", mode="before")
+    @field_validator("memory", "shm_size", "tmp_size", "memory_max", mode="before")
     @classmethod
     def _size(cls, value: object, info: ValidationInfo) -> object:
         if value is None and info.field_name != "memory":
             return None
         text = str(value)
-        least = _LEAST_MEMORY if info.field_name == "memory" else 1 << 10
+        least = _LEAST_MEMORY if info.field_name in ("memory", "memory_max") else 1 << 10
         size: int = _as_value_error(parse_bytes, text)
         if not least <= size <= 1 << 50:
             raise ValueError(f"{text} makes no sense. Write a size from {least >> 10}KiB to 1024TiB, such as 512MiB or 8GiB")
@@ -378,6 +382,14 @@ class Algorithm(Block):
     def _disjoint(self) -> Algorithm:
         if both := sorted(self.environment.keys() & self.secret_environment.keys()):
             raise ValueError(f"{both[0]} is in environment and in secret_environment. Keep one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _more_memory(self) -> Algorithm:
+        if self.memory_max and parse_bytes(self.memory_max) <= parse_bytes(self.memory):
+            raise ValueError(
+                f"memory_max is {self.memory_max} and must be more than memory, {self.memory}. Raise it, or leave it empty"
+            )
         return self
 
 

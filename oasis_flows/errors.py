@@ -20,7 +20,7 @@
     │   │   └── NoGpu
     │   └── ContainerLost *          it vanished before its exit was known
     ├── RunInUse                 another process works on this very run
-    └── AlgorithmFailed          it ran and failed: read its log; its code is the reason of its exit
+    └── AlgorithmFailed          it ran and failed: read its log; its code is its verdict's
 
 `*` marks `transient`: the same call may succeed later, and the tasks try again. A message says what happened to which
 object, why (the outside world's words quoted), and what to do. The first sentence stands alone: it becomes the message
@@ -33,14 +33,20 @@ from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from .job import ContainerExit
+    from .verdict import Verdict
 
 
 class OasisError(Exception):
-    """Root of the tree. `code` is stable; `exit_code` is what the command line ends with."""
+    """Root of the tree. `code` is stable; `exit_code` is what the command line ends with.
+
+    In a run, `stage` is the step that raised it, and `tries` how often that step was tried.
+    """
 
     code: str = "error"
     transient: ClassVar[bool] = False
     exit_code: ClassVar[int] = 3
+    stage: str = "plan"
+    tries: int = 1
 
 
 class DescriptionError(OasisError):
@@ -168,18 +174,23 @@ class RunInUse(OasisError):
 
 
 class AlgorithmFailed(OasisError):
-    """The container ran and did not succeed. `exit` says how it ended, and its reason is the code."""
+    """The container ran and did not succeed.
+
+    `exit` says how it ended, `verdict` what that means and what to do; the verdict's code is the error's.
+    """
 
     exit_code = 1
+    stage = "run_container"
 
-    def __init__(self, message: str, exit: ContainerExit) -> None:
+    def __init__(self, message: str, exit: ContainerExit, verdict: Verdict) -> None:
         super().__init__(message)
         self.exit = exit
-        self.code = exit.reason.value
+        self.verdict = verdict
+        self.code = verdict.code
 
-    def __reduce__(self) -> tuple[type[AlgorithmFailed], tuple[str, ContainerExit]]:
-        """Pickle with both arguments: Prefect stores and rebuilds exceptions."""
-        return type(self), (str(self), self.exit)
+    def __reduce__(self) -> tuple[type[AlgorithmFailed], tuple[str, ContainerExit, Verdict]]:
+        """Pickle with all arguments: Prefect stores and rebuilds exceptions."""
+        return type(self), (str(self), self.exit, self.verdict)
 
 
 def first_sentence(error: BaseException) -> str:

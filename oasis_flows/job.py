@@ -7,14 +7,14 @@ are seconds or aware datetimes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from .errors import AlgorithmFailed, DescriptionError
+from .errors import DescriptionError
 
 Stream = Literal["stdout", "stderr"]
 
@@ -156,7 +156,8 @@ class ContainerExit:
     `exit_code` is `None` when it never started. `in_force` is what the engine itself said, before the start, about
     limits, sandbox, user and mounts (JSON values only). `memory_peak_bytes` and `cpu_seconds` are `None` where they could
     not be read. `forks_refused` counts how often the limit of processes refused one. `usage` is what was seen from
-    outside while it ran, oldest first, never more than 240 samples. `detail` quotes the engine where it said why.
+    outside while it ran, oldest first, never more than 240 samples. `detail` quotes the engine where it said why;
+    `last_words` are the last lines on stderr, filled in by who keeps the log.
     """
 
     reason: Reason
@@ -171,6 +172,7 @@ class ContainerExit:
     timeout_seconds: float | None = None
     in_force: Mapping[str, object] = field(default_factory=dict)
     detail: str = ""
+    last_words: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -191,86 +193,8 @@ class ContainerExit:
         """The exit that `to_json` wrote."""
         times = {name: datetime.fromisoformat(text) for name in ("started_at", "finished_at") if (text := values[name])}
         usage = tuple(Sample(*numbers) for numbers in values["usage"])
-        return cls(**{**values, **times, "reason": Reason(values["reason"]), "usage": usage})
-
-    def raise_for_status(
-        self, algorithm: str = "The algorithm", last_lines: Sequence[str] = (), log: str | None = None
-    ) -> None:
-        """Return if the container succeeded; else raise `AlgorithmFailed` that says what happened and what to do.
-
-        Args:
-            last_lines: the end of its log, to be quoted.
-            log: where the whole log is.
-        """
-        if self.reason is Reason.OK:
-            return
-        sentence, advice = explain(self)
-        said = f" Its last lines: {' | '.join(last_lines)}" if last_lines else " It wrote nothing to its log."
-        where = f" The whole log: {log}" if log and last_lines else ""
-        raise AlgorithmFailed(f"{algorithm} {sentence}. {advice}{said}{where}", self)
-
-
-def explain(exit: ContainerExit) -> tuple[str, str]:
-    """What happened, as the end of a sentence that begins with the algorithm's name, and what to do about it."""
-    seconds = f"after {exit.seconds:.1f} s"
-    quoted = f" The engine said: {exit.detail}" if exit.detail else ""
-    match exit.reason:
-        case Reason.OK:
-            return f"succeeded {seconds}", ""
-        case Reason.EXIT_NONZERO:
-            return f"ended with exit code {exit.exit_code} {seconds}", "The reason is in its own log."
-        case Reason.OUT_OF_MEMORY:
-            return (
-                f"was killed for memory {seconds} (limit {human_bytes(exit.memory_limit_bytes)}, peak "
-                f"{human_bytes(exit.memory_peak_bytes)}, exit code {exit.exit_code})",
-                "Raise `memory` in the Algorithm document, or give it smaller files.",
-            )
-        case Reason.TIMED_OUT:
-            return (
-                f"was stopped at its time limit of {exit.timeout_seconds:g} s",
-                "Raise `timeout_seconds` in the Algorithm document, or give it fewer files.",
-            )
-        case Reason.KILLED:
-            return (
-                f"was killed by SIGKILL {seconds} (exit code {exit.exit_code})",
-                "Neither its memory limit nor its time limit did it, but itself or somebody on the machine; run it again."
-                + quoted,
-            )
-        case Reason.COMMAND_NOT_FOUND:
-            return (
-                "could not start, because its command is not in the image",
-                "Correct `command` or `entrypoint` in the Algorithm document; a path must exist inside the image." + quoted,
-            )
-        case Reason.NOT_EXECUTABLE:
-            return (
-                "could not start, because its command is not executable",
-                "Make the file executable in the image (chmod +x), or call it through its interpreter." + quoted,
-            )
-        case Reason.EXEC_FORMAT:
-            return (
-                "could not start, because its program is not made for this machine",
-                "Build the image for this machine's architecture; a script needs a first line such as #!/bin/sh." + quoted,
-            )
-        case Reason.OUTPUT_TOO_LARGE:
-            return (
-                f"was stopped because its output is too large {seconds}",
-                "Raise `max_output_size` in the Algorithm document, or let it write less.",
-            )
-        case Reason.TOO_MANY_FILES:
-            return (
-                f"was stopped because it wrote too many files {seconds}",
-                "Raise `max_output_files` in the Algorithm document, or let it write fewer.",
-            )
-        case Reason.LOG_TOO_LARGE:
-            return (
-                f"was stopped because its log is too large {seconds}",
-                "Raise `max_log_size` in the Algorithm document, or let it say less.",
-            )
-        case Reason.DISK_FULL:
-            return (
-                f"was stopped because the disk of the workspaces is nearly full {seconds}",
-                "Free space there, or set OASIS_FLOWS_HOME to a folder with room.",
-            )
+        words = tuple(values["last_words"])
+        return cls(**{**values, **times, "reason": Reason(values["reason"]), "usage": usage, "last_words": words})
 
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}

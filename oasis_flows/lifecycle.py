@@ -1,4 +1,4 @@
-"""What surrounds the steps of a run: whose it is, what is left of it, and how it fails.
+"""What surrounds the steps of a run: whose it is, and what is left of it.
 
 Rings of cleanup, from the inside: the engine removes its container whatever happens (`engines`); `owned_workspace` guards
 the flow; `clean_up` is called by Prefect when a run was cancelled or crashed; `reaper` takes what outlived its process.
@@ -14,15 +14,12 @@ from uuid import UUID
 
 from prefect import runtime
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun, FlowRunPolicy, State
-from prefect.context import FlowRunContext
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 from prefect.logging import get_run_logger
-from prefect.states import Failed
 
 from . import settings
-from .errors import AlgorithmFailed, OasisError, UnsafeName, first_sentence
-from .job import Reason
+from .errors import OasisError, UnsafeName
 from .machine import open_engine
 from .plan import Plan
 from .reaper import reap
@@ -99,31 +96,3 @@ def clean_up(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None
     # A crashed run of a deployment can be retried, and then finds its workspace.
     if state.is_cancelled() or state.is_cancelling() or flow_run.deployment_id is None:
         workspace.remove_abandoned(0)
-
-
-def failed(error: OasisError) -> State[Any]:
-    """The state of a run that failed: its message is the error's first sentence, its data the error.
-
-    Raises:
-        OasisError: the error itself, where the flow has retries left and another try can help.
-    """
-    get_run_logger().error("%s", error)
-    context = FlowRunContext.get()
-    if context is not None and context.flow_run is not None:
-        _mind_retries(context.flow_run, error)
-    timed_out = isinstance(error, AlgorithmFailed) and error.exit.reason is Reason.TIMED_OUT
-    return Failed(message=first_sentence(error), data=error, name="TimedOut" if timed_out else "Failed")
-
-
-def _mind_retries(flow_run: FlowRun, error: OasisError) -> None:
-    """Leave the run to Prefect's retries where they help, else take them away.
-
-    Prefect's engine goes round again for an exception only; a failed state that is returned while retries are left would
-    wait for ever.
-    """
-    if flow_run.run_count > (flow_run.empirical_policy.retries or 0):
-        return
-    if error.transient:
-        raise error
-    with get_client(sync_client=True) as client:
-        client.update_flow_run(flow_run.id, empirical_policy=FlowRunPolicy(retries=0))

@@ -22,6 +22,7 @@ from .job import Stream
 BLOCK_CHARACTERS = 20_000
 VIEW_CHARACTERS = 5_000_000
 SECONDS_BETWEEN_BLOCKS = 1.0
+LAST_WORDS_BYTES = 8192
 MASK = b"***"
 # Name of the logger of the view, below that of the task: so the container's words can be told from the step's.
 VIEW_LOGGER = "container"
@@ -80,10 +81,15 @@ class RunLog:
         self._view = _View(show)
         self._redactors: dict[Stream, Redactor] = {"stdout": Redactor(secrets), "stderr": Redactor(secrets)}
         self._lock = threading.Lock()
+        self._stderr_tail = b""
 
     def __call__(self, stream: Stream, data: bytes) -> None:
         with self._lock:
             self._write(stream, self._redactors[stream].feed(data))
+
+    def last_words(self, count: int = 20) -> tuple[str, ...]:
+        """The last lines on stderr that hold more than blanks."""
+        return tuple(_lines(self._stderr_tail)[-count:])
 
     def show_due(self) -> None:
         """Show what has waited long enough. Called by a clock, so that a quiet container's last lines come too."""
@@ -102,6 +108,8 @@ class RunLog:
         if data:
             with _room_for(Path(self._file.name)):
                 _write_all(self._file, data)
+            if stream == "stderr":
+                self._stderr_tail = (self._stderr_tail + data[-LAST_WORDS_BYTES:])[-LAST_WORDS_BYTES:]
             self._view.add(stream, data)
 
 
@@ -233,8 +241,12 @@ def last_lines(path: Path, count: int, characters: int = 2000) -> list[str]:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - 4 * characters))
-            text = file.read().decode(errors="replace")
+            data = file.read()
     except FileNotFoundError:
         return []
-    lines = [line.rstrip() for line in text[-characters:].splitlines() if line.strip()]
-    return lines[-count:]
+    return _lines(data, characters)[-count:]
+
+
+def _lines(data: bytes, characters: int = LAST_WORDS_BYTES) -> list[str]:
+    text = data.decode(errors="replace").replace("\0", "\N{REPLACEMENT CHARACTER}")
+    return [line.rstrip() for line in text[-characters:].splitlines() if line.strip()]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from .errors import DatasetError, UnsafeName
-from .job import ContainerExit, Reason, counted, explain, human_bytes
+from .errors import UnsafeName
+from .job import ContainerExit, Reason, counted, human_bytes
 from .manifest import Summary
 from .plan import Plan
+from .verdict import Verdict
 
 RECORD_VERSION = 1
 
@@ -20,20 +22,18 @@ def task_json(
     image: str,
     staged: Summary,
     exit: ContainerExit,
+    first_try: ContainerExit | None,
+    verdict: Verdict,
     published: Summary,
     seconds: Mapping[str, float],
     flow_run: Mapping[str, str],
-    refused: UnsafeName | None = None,
 ) -> dict[str, Any]:
-    """The record of a run. Of the environment it has names only, of secrets the names of their blocks.
-
-    `refused` says why what a successful container wrote cannot be a dataset.
-    """
+    """The record of a run. Of the environment it has names only, of secrets the names of their blocks."""
     return {
         "oasis_flows": RECORD_VERSION,
         "package_version": version("oasis-flows"),
-        "status": oasis_status(exit, refused),
-        "verdict": _verdict(plan, exit, refused),
+        "status": oasis_status(verdict),
+        "verdict": verdict.to_json(),
         "flow_run": {**flow_run, "attempt": plan.attempt},
         "algorithm": {"name": plan.algorithm_name, "document": _document(plan)},
         "image": image,
@@ -44,25 +44,20 @@ def task_json(
         "input": {"name": plan.dataset_name, "url": plan.dataset.url, **_summary(staged)},
         "output": {"name": plan.document_name, "url": plan.output.url, **_summary(published)},
         "sandbox": {"loosened": loosened(plan), "in_force": exit.in_force},
-        "exit": {name: value for name, value in exit.to_json().items() if name != "in_force"},
+        "first_try": _exit(first_try) if first_try else None,
+        "exit": _exit(exit),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
 
 
-def oasis_status(exit: ContainerExit, problem: DatasetError | None = None) -> str:
-    """The word RD-OASIS had for it; `problem` is what kept the output from becoming a dataset."""
-    return "Succeeded" if exit.reason is Reason.OK and problem is None else "Failed"
+def oasis_status(verdict: Verdict) -> str:
+    """The word RD-OASIS had for it."""
+    return "Succeeded" if verdict.code == Reason.OK else "Failed"
 
 
-def _verdict(plan: Plan, exit: ContainerExit, refused: UnsafeName | None) -> dict[str, str]:
-    if refused:
-        return {
-            "code": refused.code,
-            "sentence": f"{plan.algorithm_name} wrote what cannot be a dataset.",
-            "advice": str(refused),
-        }
-    sentence, advice = explain(exit)
-    return {"code": exit.reason.value, "sentence": f"{plan.algorithm_name} {sentence}.", "advice": advice}
+def _exit(exit: ContainerExit) -> dict[str, Any]:
+    left_out = ("in_force", "usage", "last_words")
+    return {name: value for name, value in exit.to_json().items() if name not in left_out}
 
 
 def loosened(plan: Plan) -> list[str]:
@@ -77,54 +72,83 @@ def loosened(plan: Plan) -> list[str]:
     return [name for name, on in flags if on] + [f"capability {name}" for name in a.capabilities]
 
 
-def page(
-    plan: Plan,
-    *,
-    image: str,
-    staged: Summary,
-    exit: ContainerExit,
-    published: Summary | None,
-    seconds: Mapping[str, float],
-    tail: Sequence[str],
-    refused: UnsafeName | None = None,
-) -> str:
-    """The page about a run, in Markdown: what became of it, and where everything is.
+@dataclass(slots=True, kw_only=True)
+class Account:
+    """What is known about a run so far; the flow fills it in as it goes. `tail` holds the last lines of the log."""
 
-    `published` is `None` when nothing could be kept. `tail` holds the last lines of the log.
-    """
-    verdict, status = _verdict(plan, exit, refused), oasis_status(exit, refused)
-    state = "Completed" if status == "Succeeded" else "Failed"
-    stages = ", ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in seconds.items())
+    plan: Plan | None = None
+    image: str | None = None
+    staged: Summary | None = None
+    exit: ContainerExit | None = None
+    published: Summary | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    tail: Sequence[str] = ()
+
+
+def page(account: Account, verdict: Verdict) -> str:
+    """The page about a run, in Markdown: what became of it, what to do, and where everything is."""
+    rows = [("Status", _status(verdict)), *_plan_rows(account), *_exit_rows(account, verdict)]
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows if value)
+    parts = [f"## {verdict.sentence.rstrip('.')}", verdict.advice, verdict.action, f"| | |\n|---|---|\n{table}"]
+    if account.exit is None:
+        parts += ["### What was seen", _fenced(verdict.evidence)]
+    else:
+        parts += ["### The log's last lines", _fenced(account.tail) or "The algorithm wrote nothing to its log."]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _status(verdict: Verdict) -> str:
+    if verdict.code == Reason.OK:
+        return f"{oasis_status(verdict)} (Prefect says Completed)"
+    whose = f"{verdict.blame.value}, in {verdict.stage}" if verdict.blame else verdict.stage
+    return f"{oasis_status(verdict)} (Prefect says Failed): `{verdict.code}`, {whose}"
+
+
+def _plan_rows(account: Account) -> list[tuple[str, str]]:
+    plan = account.plan
+    if plan is None:
+        return []
     source = plan.image.image_id or plan.image.image_file or ""
-    rows = [
-        ("Status", f"{status} (Prefect says {state})"),
+    digest = f", `{_short(account.image)}`" if account.image else ""
+    return [
         ("Algorithm", f"`{plan.algorithm_name}`" + "".join(f", {name} = `{value}`" for name, value in plan.parameters.items())),
-        ("Image", f"`{source}`, `{_short(image)}`"),
-        ("Input", f"`{plan.dataset_name}`: {_counted(staged)}"),
-        *_output_rows(plan, status, published),
-        ("Time", stages),
+        ("Image", f"`{source}`{digest}"),
+        ("Input", f"`{plan.dataset_name}`{_counted(account.staged)}"),
+    ]
+
+
+def _exit_rows(account: Account, verdict: Verdict) -> list[tuple[str, str]]:
+    plan, exit = account.plan, account.exit
+    stages = ("Time", ", ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in account.seconds.items()))
+    if plan is None or exit is None:
+        return [stages]
+    return [
+        *_output_rows(plan, account.published, verdict),
+        stages,
         ("Peak memory", f"{human_bytes(exit.memory_peak_bytes)} of {human_bytes(exit.memory_limit_bytes)}"),
         ("Sandbox", f"loosened: {', '.join(loosened(plan))}" if loosened(plan) else "closed"),
     ]
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
-    fence = "~" * (max((len(line) - len(line.lstrip("~")) for line in tail), default=0) + 4)
-    log = "\n".join([fence, *tail, fence]) if tail else "The algorithm wrote nothing to its log."
-    what = f"## {verdict['sentence'].rstrip('.')}\n\n{verdict['advice']}\n\n| | |\n|---|---|\n{table}\n"
-    return f"{what}\n### The log's last lines\n\n{log}\n"
 
 
-def _output_rows(plan: Plan, status: str, published: Summary | None) -> list[tuple[str, str]]:
-    if published is None:
+def _output_rows(plan: Plan, published: Summary | None, verdict: Verdict) -> list[tuple[str, str]]:
+    if published is None and verdict.code != UnsafeName.code:
         return [("Output", "not published; the run's log says why")]
-    named = f"dataset `{plan.document_name}`" if status == "Succeeded" else "no dataset; what there was is kept to be looked at"
+    good = verdict.code == Reason.OK
+    named = f"dataset `{plan.document_name}`" if good else "no dataset; what there was is kept to be looked at"
     return [
-        ("Output", f"{named}: {_counted(published)}"),
+        ("Output", f"{named}{_counted(published)}"),
         ("Files, log, record", f"`{plan.output.url}`/`data`, `log.txt`, `task.json`"),
     ]
 
 
-def _counted(summary: Summary) -> str:
-    return f"{counted(summary.file_count, 'file')}, {human_bytes(summary.size_bytes)}"
+def _fenced(lines: Sequence[str]) -> str:
+    """The lines as they are, in a fence that none of them can close."""
+    fence = "~" * (max((len(line) - len(line.lstrip("~")) for line in lines), default=0) + 4)
+    return "\n".join([fence, *lines, fence]) if lines else ""
+
+
+def _counted(summary: Summary | None) -> str:
+    return f": {counted(summary.file_count, 'file')}, {human_bytes(summary.size_bytes)}" if summary else ""
 
 
 def _short(image: str) -> str:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-from prefect import task
+from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
@@ -25,16 +27,20 @@ from prefect.tasks import Task, exponential_backoff
 
 from . import log, store
 from .blocks import Dataset
+from .engines import Engine
 from .errors import OasisError, UnsafeName
-from .job import ContainerExit, Reason, counted, human_bytes
+from .job import ContainerExit, ContainerJob, Reason, counted, human_bytes, parse_bytes
 from .machine import open_engine
 from .manifest import Summary
 from .plan import Plan, container_job
 from .record import task_json
 from .settings import Settings
+from .verdict import PUBLISH, Case, Verdict, judge
 from .workspace import Workspace
 
-MARKER_STAGED, MARKER_IMAGE, MARKER_RUN, MARKER_PUBLISHED = "stage_input", "prepare_image", "run_container", "publish_output"
+MARKER_STAGED, MARKER_IMAGE, MARKER_RUN, MARKER_PUBLISHED = "stage_input", "prepare_image", "run_container", PUBLISH
+# The end of a container that was killed for memory and is run again with more.
+MARKER_FIRST_TRY = "first_try"
 
 
 def _may_succeed_later(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -61,8 +67,9 @@ def stage_input(plan: Plan, workspace: Workspace) -> tuple[Path, Summary]:
     if done := workspace.done(MARKER_STAGED):
         return Path(done["folder"]), Summary(**done["summary"])
     started = time.monotonic()
-    store.check_writable(plan.root)
-    folder, summary = store.stage(plan.source, workspace.path, progress=_progress("Staged"))
+    with _step(MARKER_STAGED):
+        store.check_writable(plan.root)
+        folder, summary = store.stage(plan.source, workspace.path, progress=_progress("Staged"))
     _finish(workspace, MARKER_STAGED, started, folder=str(folder), summary=asdict(summary))
     files, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
     get_run_logger().info("The input %s has %s, %s.", plan.dataset_name, files, size)
@@ -74,20 +81,59 @@ def prepare_image(plan: Plan, workspace: Workspace, settings: Settings) -> str:
     """Pull or load the image; return a reference to exactly these bytes."""
     # Not skipped on a retry: the engine may have lost the image since, and asking it costs milliseconds.
     started = time.monotonic()
-    image = open_engine(settings).prepare(plan.image)
+    with _step(MARKER_IMAGE):
+        image = open_engine(settings).prepare(plan.image)
     _finish(workspace, MARKER_IMAGE, started, image=image)
     get_run_logger().info("The image is %s.", image)
     return image
 
 
 @task(**{**_TRANSFER, "retries": 2})
-def run_container(plan: Plan, workspace: Workspace, settings: Settings, *, image: str, input_folder: Path) -> ContainerExit:
-    """Run the container to its end, or re-attach to the one that an earlier attempt of this run left; return how it ended."""
-    if done := workspace.done(MARKER_RUN):
-        return ContainerExit.from_json(done["exit"])
-    started = time.monotonic()
-    engine = open_engine(settings)
-    job = container_job(plan, workspace, image=image, input_folder=input_folder, settings=settings)
+def run_container(
+    plan: Plan, workspace: Workspace, settings: Settings, *, image: str, input_folder: Path
+) -> tuple[ContainerExit, Verdict]:
+    """Run the container to its end, or re-attach to the one that an earlier attempt of this run left; judge how it ended.
+
+    One that is killed for memory is run again, once, where its document has a `memory_max`.
+    """
+    done = workspace.done(MARKER_RUN)
+    if done is None:
+        started, engine = time.monotonic(), open_engine(settings)
+        job = container_job(plan, workspace, image=image, input_folder=input_folder, settings=settings)
+        with _step(MARKER_RUN):
+            exit = _run_with_enough_memory(plan, workspace, engine, job)
+        free = shutil.disk_usage(workspace.path).free
+        done = _finish(workspace, MARKER_RUN, started, exit=exit.to_json(), disk_free_bytes=free)
+    exit = ContainerExit.from_json(done["exit"])
+    case = Case(
+        algorithm=plan.algorithm_name,
+        exit=exit,
+        last_lines=log.last_lines(workspace.log, 30),
+        network=plan.algorithm.network,
+        disk_free_bytes=done["disk_free_bytes"],
+        action=_action(first_try(workspace), exit),
+    )
+    return exit, judge(case)
+
+
+def _run_with_enough_memory(plan: Plan, workspace: Workspace, engine: Engine, job: ContainerJob) -> ContainerExit:
+    most = parse_bytes(plan.algorithm.memory_max) if plan.algorithm.memory_max else 0
+    more = replace(job, resources=replace(job.resources, memory_bytes=most))
+    if first_try(workspace):
+        return _run(plan, workspace, engine, more)
+    exit = _run(plan, workspace, engine, job)
+    if exit.reason is not Reason.OUT_OF_MEMORY or most <= job.resources.memory_bytes:
+        return exit
+    workspace.mark_done(MARKER_FIRST_TRY, exit.to_json())
+    get_run_logger().warning(
+        "The algorithm was killed for memory with %s. It is run again, once, with its memory_max of %s.",
+        human_bytes(job.resources.memory_bytes),
+        human_bytes(most),
+    )
+    return _run(plan, workspace, engine, more)
+
+
+def _run(plan: Plan, workspace: Workspace, engine: Engine, job: ContainerJob) -> ContainerExit:
     if not engine.find(job):
         workspace.fresh_output()
     show = cast(PrefectLogAdapter, get_run_logger()).getChild(log.VIEW_LOGGER).info
@@ -98,37 +144,62 @@ def run_container(plan: Plan, workspace: Workspace, settings: Settings, *, image
     except OasisError as error:
         error.args = tuple(log.redact(str(part), secrets) for part in error.args)
         raise
-    exit = replace(exit, detail=log.redact(exit.detail, secrets))
-    _finish(workspace, MARKER_RUN, started, exit=exit.to_json())
-    return exit
+    return replace(exit, detail=log.redact(exit.detail, secrets), last_words=sink.last_words())
+
+
+def first_try(workspace: Workspace) -> ContainerExit | None:
+    """How the run's first container ended, where it was killed for memory and run again with more."""
+    done = workspace.done(MARKER_FIRST_TRY)
+    return ContainerExit.from_json(done) if done else None
+
+
+def _action(first: ContainerExit | None, exit: ContainerExit) -> str:
+    if first is None:
+        return ""
+    again = (
+        f"It was killed for memory with {human_bytes(first.memory_limit_bytes)}, and run again, once, with "
+        f"{human_bytes(exit.memory_limit_bytes)}."
+    )
+    peak = exit.memory_peak_bytes
+    if exit.reason is Reason.OUT_OF_MEMORY or peak is None:
+        return again
+    enough = -(-peak * 5 // 4 >> 20)
+    return f"{again} It then used {human_bytes(peak)}: `memory: {enough}MiB` would do."
 
 
 @task(**_TRANSFER)
 def publish_output(
-    plan: Plan, workspace: Workspace, *, image: str, staged: Summary, exit: ContainerExit, flow_run: Mapping[str, str]
+    plan: Plan,
+    workspace: Workspace,
+    *,
+    image: str,
+    staged: Summary,
+    exit: ContainerExit,
+    verdict: Verdict,
+    flow_run: Mapping[str, str],
 ) -> tuple[Summary, Dataset | None]:
     """Publish what the container wrote, with its log and record; a Dataset document only if it succeeded.
 
     Raises:
         UnsafeName: the output cannot be a dataset; it was kept like that of a failed run.
     """
-    succeeded = exit.reason is Reason.OK
     if done := workspace.done(MARKER_PUBLISHED):
         summary = Summary(**done["summary"])
     else:
         started = time.monotonic()
 
-        def publish(refused: UnsafeName | None = None) -> Summary:
+        def publish(verdict: Verdict) -> Summary:
             def record(found: Summary) -> bytes:
                 content = task_json(
                     plan,
                     image=image,
                     staged=staged,
                     exit=exit,
+                    first_try=first_try(workspace),
+                    verdict=verdict,
                     published=found,
                     seconds=stage_seconds(workspace) | {MARKER_PUBLISHED: time.monotonic() - started},
                     flow_run=flow_run,
-                    refused=refused,
                 )
                 return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
@@ -137,19 +208,21 @@ def publish_output(
                 plan.output,
                 log=workspace.log,
                 record=record,
-                commit=succeeded and refused is None,
+                commit=verdict.code == Reason.OK,
                 workspace=workspace.path,
                 skipped=get_run_logger().warning,
                 progress=_progress("Published"),
             )
 
-        try:
-            summary = publish()
-        except UnsafeName as error:
-            publish(error)
-            raise
+        with _step(MARKER_PUBLISHED):
+            try:
+                summary = publish(verdict)
+            except UnsafeName as error:
+                error.stage = MARKER_PUBLISHED
+                publish(judge(error))
+                raise
         _finish(workspace, MARKER_PUBLISHED, started, summary=asdict(summary))
-    if not succeeded:
+    if exit.reason is not Reason.OK:
         return summary, None
     dataset = Dataset(
         url=plan.output.url,
@@ -170,8 +243,20 @@ def stage_seconds(workspace: Workspace) -> dict[str, float]:
     return {step: round(done["seconds"], 3) for step in steps if (done := workspace.done(step))}
 
 
-def _finish(workspace: Workspace, step: str, started: float, **found: object) -> None:
-    workspace.mark_done(step, {**found, "seconds": time.monotonic() - started})
+def _finish(workspace: Workspace, step: str, started: float, **found: object) -> dict[str, Any]:
+    done = {**found, "seconds": time.monotonic() - started}
+    workspace.mark_done(step, done)
+    return done
+
+
+@contextmanager
+def _step(name: str) -> Iterator[None]:
+    """Note on an error which step it ended, and how often that was tried."""
+    try:
+        yield
+    except OasisError as error:
+        error.stage, error.tries = name, runtime.task_run.run_count or 1
+        raise
 
 
 def _progress(verb: str) -> Callable[[int, int | None, int], None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, cast
 
 from prefect import runtime
-from prefect.artifacts import create_markdown_artifact
 from prefect.blocks.core import Block
 from prefect.logging import get_run_logger
 from pydantic import WithJsonSchema, WrapValidator
@@ -13,14 +12,15 @@ from pydantic import WithJsonSchema, WrapValidator
 from .. import documents, settings
 from ..blocks import Algorithm, Dataset, DatasetStore
 from ..documents import document_flow
-from ..errors import DatasetError, OasisError, UnsafeName
+from ..errors import DatasetError, OasisError
 from ..job import ContainerExit, Reason
-from ..lifecycle import announce, clean_up, failed, owned_workspace
-from ..log import last_lines
+from ..lifecycle import announce, clean_up, owned_workspace
 from ..manifest import Summary
 from ..plan import Plan, plan_run
-from ..record import oasis_status, page
-from ..tasks import prepare_image, publish_output, run_container, stage_input, stage_seconds
+from ..record import Account
+from ..reporting import failed, noted, show
+from ..tasks import prepare_image, publish_output, run_container, stage_input
+from ..verdict import Verdict, failure
 from ..workspace import Workspace
 
 # A Python caller may give a document's name; the form and the schema know documents only.
@@ -69,9 +69,10 @@ def algorithm_task(
         DatasetError: the data or the store need mending.
         EngineError: the container engine failed; what the algorithm would have done is unknown.
     """
+    account = Account()
     try:
         here = settings.current()
-        plan = plan_run(
+        account.plan = plan = plan_run(
             documents.resolved(Algorithm, algorithm),
             documents.resolved(Dataset, input_dataset),
             output_name=output_name,
@@ -82,48 +83,38 @@ def algorithm_task(
             attempt=runtime.flow_run.run_count or 1,
         )
         announce(plan)
-        with owned_workspace(plan, here) as workspace:
-            image = prepare_image(plan, workspace, here)
-            input_folder, staged = stage_input(plan, workspace)
-            exit = run_container(plan, workspace, here, image=image, input_folder=input_folder)
-            dataset = _publish(plan, workspace, image, staged, exit)
+        with owned_workspace(plan, here) as workspace, noted(account, workspace):
+            account.image = image = prepare_image(plan, workspace, here)
+            input_folder, account.staged = stage_input(plan, workspace)
+            account.exit, verdict = run_container(plan, workspace, here, image=image, input_folder=input_folder)
+            dataset = _publish(account, workspace, verdict)
     except OasisError as error:
-        return cast(Dataset, failed(error))
+        return cast(Dataset, failed(error, account))
+    show(account, verdict)
     return dataset
 
 
-def _publish(plan: Plan, workspace: Workspace, image: str, staged: Summary, exit: ContainerExit) -> Dataset:
-    """Publish what there is, show the run's page, and return the dataset or raise what the run ends with."""
+def _publish(account: Account, workspace: Workspace, verdict: Verdict) -> Dataset:
+    """Publish what there is, and return the dataset or raise what the run ends with."""
+    plan, exit = cast(Plan, account.plan), cast(ContainerExit, account.exit)
     flow_run = {"id": plan.run_id, "name": str(runtime.flow_run.name), "ui_url": str(runtime.flow_run.ui_url or "")}
-    published: Summary | None = None
-    dataset: Dataset | None = None
-    problem: DatasetError | None = None
+    log, dataset = f"{plan.output.url}/log.txt", None
     try:
-        published, dataset = publish_output(plan, workspace, image=image, staged=staged, exit=exit, flow_run=flow_run)
+        account.published, dataset = publish_output(
+            plan,
+            workspace,
+            image=cast(str, account.image),
+            staged=cast(Summary, account.staged),
+            exit=exit,
+            verdict=verdict,
+            flow_run=flow_run,
+        )
     except DatasetError as error:
-        problem = error
-    refused = problem if isinstance(problem, UnsafeName) else None
-    tail = last_lines(workspace.log, 30)
-    text = page(
-        plan,
-        image=image,
-        staged=staged,
-        exit=exit,
-        published=published,
-        seconds=stage_seconds(workspace),
-        tail=tail,
-        refused=refused,
-    )
-    what = f"{oasis_status(exit, problem)}: {plan.algorithm_name} on {plan.dataset_name}, output {plan.document_name}"
-    try:
-        create_markdown_artifact(text, key="oasis-run", description=what)
-    except Exception as error:  # noqa: BLE001  # a page that cannot be shown changes nothing about what became of the run
-        get_run_logger().warning("The run's page could not be saved: %s", error)
-    if problem and exit.reason is Reason.OK:
-        raise problem
-    if problem:
+        if exit.reason is Reason.OK:
+            raise
         # The algorithm's failure is what its owner has to know; that nothing of it could be kept comes second.
-        get_run_logger().error("The output of the failed algorithm could not be published: %s", problem)
-    log = str(workspace.log) if problem else f"{plan.output.url}/log.txt"
-    exit.raise_for_status(f"The algorithm {plan.algorithm_name}", tail[-5:], log=log)
-    return cast(Dataset, dataset)
+        get_run_logger().error("The output of the failed algorithm could not be published: %s", error)
+        log = str(workspace.log)
+    if dataset is None:
+        raise failure(verdict, exit, log)
+    return dataset

@@ -27,7 +27,6 @@ from oasis_flows.errors import (
     OasisError,
     RegistryUnavailable,
     UnsafeName,
-    first_sentence,
 )
 from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.job import ContainerExit, Reason
@@ -339,7 +338,8 @@ def test_a_failed_algorithm_is_explained_kept_for_a_look_and_no_dataset(ran, exi
     assert run["state_type"] == "FAILED"
     assert run["state_name"] == ("TimedOut" if "time limit" in sentence else "Failed")
     assert sentence in run["state"]["message"]
-    assert run["state"]["message"] == first_sentence(done.result)
+    assert run["state"]["message"] == done.result.verdict.sentence == done.record["verdict"]["sentence"]
+    assert f"failed:{done.result.code}" in run["tags"]
     assert len(engine.jobs) == 1
     assert {path.name for path in folder.iterdir()} == {"data", "log.txt", "task.json"}
     assert (folder / "data/part.txt").read_text() == "as far as it came"

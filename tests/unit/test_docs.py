@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import importlib
 import json
 import pkgutil
@@ -21,11 +22,12 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from pydantic.fields import FieldInfo
 
 import oasis_flows
-from oasis_flows import catalogue
+from oasis_flows import catalogue, symptoms
 from oasis_flows.__main__ import _parser
 from oasis_flows.blocks import RESERVED_VARIABLES
 from oasis_flows.errors import OasisError
 from oasis_flows.job import Reason
+from oasis_flows.verdict import _SIGNALS, Verdict
 from tests.e2e.test_docs import PAGES, ROOT, files_of
 
 REFERENCE = ROOT / "docs" / "reference"
@@ -166,6 +168,18 @@ def test_every_reason_is_in_the_reference():
     text = section(REFERENCE / "errors.md", "How a container ended")
 
     assert [reason.value for reason in Reason if f"| `{reason.value}` |" not in text] == []
+
+
+def test_every_code_and_key_of_a_verdict_is_in_the_reference():
+    text = (REFERENCE / "errors.md").read_text()
+    found = {value.code for value in vars(symptoms).values() if isinstance(value, symptoms.Symptom)}
+    keys = [field.name for field in dataclasses.fields(Verdict)]
+
+    assert [code for code in sorted(found | {code for code, *_ in _SIGNALS.values()}) if f"| `{code}` |" not in text] == []
+    assert [key for key in keys if f"`{key}`" not in section(REFERENCE / "errors.md", "The verdict")] == []
+    assert [
+        blame.value for blame in symptoms.Blame if f"`{blame.value}`" not in section(REFERENCE / "errors.md", "The verdict")
+    ] == []
 
 
 def keys_returned_by(module: str, function: str) -> list[str]:

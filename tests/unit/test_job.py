@@ -1,23 +1,23 @@
-"""Values of `oasis_flows.job`: sizes, explanations, and what never shows."""
+"""Values of `oasis_flows.job`: sizes, exits, and what never shows."""
 
 from __future__ import annotations
 
-import pickle
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
 
-from oasis_flows.errors import AlgorithmFailed, DescriptionError, first_sentence
+from oasis_flows.errors import DescriptionError
 from oasis_flows.job import (
     ContainerExit,
     ContainerJob,
     ImageSource,
     Reason,
     RegistryLogin,
+    Sample,
     Sandbox,
-    explain,
     human_bytes,
     parse_bytes,
 )
@@ -59,32 +59,19 @@ def test_human_bytes(count: int | None, text: str) -> None:
     assert human_bytes(count) == text
 
 
-def ended(reason: Reason, **more: object) -> ContainerExit:
-    values = {"exit_code": 7, "started_at": START, "finished_at": START + timedelta(seconds=2), "timeout_seconds": 60.0, **more}
-    return ContainerExit(reason=reason, **values)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("reason", [r for r in Reason if r is not Reason.OK])
-def test_every_failure_is_explained(reason: Reason) -> None:
-    with pytest.raises(AlgorithmFailed) as caught:
-        ended(reason).raise_for_status("The algorithm CO2", ["one", "two"])
-    message = str(caught.value)
-    assert message.startswith("The algorithm CO2 ")
-    assert message.endswith("one | two")
-    assert len(first_sentence(caught.value)) > 20
-    again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
-    assert (str(again), again.exit) == (message, caught.value.exit)
-
-
-def test_success_raises_nothing() -> None:
-    ended(Reason.OK).raise_for_status()
-    assert explain(ended(Reason.OK)) == ("succeeded after 2.0 s", "")
-
-
-def test_memory_names_limit_and_peak() -> None:
-    sentence, advice = explain(ended(Reason.OUT_OF_MEMORY, memory_limit_bytes=1 << 30, memory_peak_bytes=1 << 30))
-    assert "limit 1.0 GiB, peak 1.0 GiB" in sentence
-    assert "Raise `memory`" in advice
+def test_an_exit_survives_json() -> None:
+    exit = ContainerExit(
+        reason=Reason.EXIT_NONZERO,
+        exit_code=7,
+        started_at=START,
+        finished_at=START + timedelta(seconds=2),
+        cpu_seconds=1.5,
+        usage=(Sample(0.5, 1.0, 1 << 20), Sample(1.0, 0.5, 2 << 20)),
+        in_force={"network": "none"},
+        last_words=("one", "two"),
+    )
+    assert ContainerExit.from_json(json.loads(json.dumps(exit.to_json()))) == exit
+    assert exit.seconds == 2
 
 
 def test_never_started_took_no_time() -> None:
