@@ -29,14 +29,16 @@ def main(folder: Path) -> int:
     until = time.monotonic() + float(os.environ.get("CHAOS_SECONDS") or 480)
     report = Report(seed)
     with build(folder) as world:
+        report.say("everything is up")
         number = int(only or 0)
-        while True:
-            plan = plan_round(seed, number)
-            report.add(world, play(world, plan))
-            number += 1
-            if only or time.monotonic() > until:
-                break
-    report.close()
+        try:
+            while True:
+                report.add(world, play(world, plan_round(seed, number)))
+                number += 1
+                if only or time.monotonic() > until:
+                    break
+        finally:
+            report.close()
     return 1 if report.findings else 0
 
 

@@ -56,7 +56,8 @@ def examine(truth: Truth, claims: Claims) -> Iterator[str]:
     place, succeeds = claims.place, truth.exit_code == 0
     if truth.hung:
         yield "its process did not end by itself"
-    if claims.state not in FINAL:
+    if claims.state not in FINAL and not (claims.state == "PENDING" and "kill the flow" in truth.hit):
+        # A Python call that is killed before Prefect calls the flow: none of our code has run.
         yield f"it has ended and its state is {claims.state}"
     yield from _dataset(truth, place)
     yield from _state(truth, claims)

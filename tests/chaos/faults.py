@@ -1,4 +1,4 @@
-"""How each fault is done. A fault that finds nothing to hit after a few seconds has not happened."""
+"""How each fault is done. One that finds nobody to hit has not happened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .plan import Fault
 from .services import EngineService, Service, stopped
 from .world import World
 
-PATIENCE_SECONDS = 5.0
+PATIENCE_SECONDS = 40.0
 CONNECTIONS = 3
 
 
@@ -78,7 +78,11 @@ def _between(proxy: FaultProxy, faults: Faults, seconds: float) -> int:
 
 def _to_run(world: World, fault: Fault, target: Target) -> int:
     verb, _, what = fault.kind.partition(" the ")
-    pid = _soon(target.process if what == "flow" else lambda: _container(world, target.token))
+    find = target.process if what == "flow" else lambda: _container(target.token)
+    if _soon(find) is None:
+        return 0
+    time.sleep(fault.at)
+    pid = find()
     if pid is None:
         return 0
     with contextlib.suppress(ProcessLookupError):
@@ -96,11 +100,11 @@ def _to_run(world: World, fault: Fault, target: Target) -> int:
 def _soon(find: Callable[[], int | None]) -> int | None:
     until = time.monotonic() + PATIENCE_SECONDS
     while (found := find()) is None and time.monotonic() < until:
-        time.sleep(0.05)
+        time.sleep(0.3)
     return found
 
 
-def _container(world: World, token: str) -> int | None:
+def _container(token: str) -> int | None:
     """The number of the first process that has the token as its parameter, which is the script's shell."""
     wanted = f"OASIS_PARAMETER_{TOKEN}={token}".encode()
     return process_with(wanted)

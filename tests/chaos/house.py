@@ -32,6 +32,7 @@ def inside(module: str, work: Callable[[Path], int]) -> int:
     if FOLDER in os.environ:
         return _first_process(lambda: work(Path(os.environ[FOLDER])))
     folder = Path(tempfile.mkdtemp(prefix="oasis-chaos-"))  # the path of an engine's socket holds 107 bytes
+    folder.chmod(0o711)  # PostgreSQL runs as nobody
     (folder / "tmp").mkdir()
     env = os.environ | {FOLDER: str(folder), "TMPDIR": str(folder / "tmp")}
     line = ["unshare", "--fork", "--kill-child", "--pid", "--mount-proc", "--net", sys.executable, "-m", module, *sys.argv[1:]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .algorithms import ALGORITHMS, SOURCES
 
 RUNS = 12
-SECONDS = 14.0
+SECONDS = 40.0
 
 # How often each fault is drawn, and for how many seconds it lasts.
 ON_RUNS: dict[str, tuple[float, float, float]] = {
@@ -53,7 +53,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is done `at` so many seconds into the round; `offset` says to which byte, where it matters."""
+    """What is done `at` so many seconds into the round; to a run's process or container, so long after it has begun.
+
+    It lasts for `seconds`. `offset` says to which byte, where it matters.
+    """
 
     at: float
     kind: str
@@ -82,11 +85,11 @@ def plan_round(seed: int, number: int) -> Round:
     runs = tuple(_run(dice, seed, number, n) for n in range(RUNS))
     faults = []
     if number:
-        faults = [_on_run(dice, run) for run in dice.sample(runs, dice.randint(5, 9))]
+        faults = [_on_run(dice, run) for run in dice.choices(runs, k=dice.randint(6, 12))]
         # In every third round only single runs are hit, and must not hit each other.
         if number % 3:
-            faults += [_on_service(dice) for _ in range(dice.randint(4, 9))]
-    return Round(seed, number, runs, tuple(sorted(faults, key=lambda fault: fault.at)))
+            faults += [_on_service(dice) for _ in range(dice.randint(8, 16))]
+    return Round(seed, number, runs, tuple(faults))
 
 
 def _run(dice: random.Random, seed: int, number: int, n: int) -> Run:
@@ -97,8 +100,8 @@ def _run(dice: random.Random, seed: int, number: int, n: int) -> Run:
         source=dice.choice(list(SOURCES)),
         store=dice.choice(["local", "objects", "objects"]),
         way="deployment" if deployed else "call",
-        starts=round(dice.uniform(0, 6), 2),
-        cancelled=round(dice.uniform(2, 14), 2) if deployed and number and dice.random() < 0.3 else None,
+        starts=round(dice.uniform(0, 0.4 * SECONDS), 2),
+        cancelled=round(dice.uniform(2, SECONDS), 2) if deployed and number and dice.random() < 0.3 else None,
         retried=round(dice.uniform(0.2, 4), 2) if dice.random() < 0.5 else None,
     )
 
@@ -113,9 +116,11 @@ def _drawn(dice: random.Random, table: dict[str, tuple[float, float, float]]) ->
 
 def _on_run(dice: random.Random, run: Run) -> Fault:
     kind, seconds, offset = _drawn(dice, ON_RUNS)
-    return Fault(round(run.starts + dice.uniform(0.3, 7), 2), kind, run.token, seconds, offset)
+    return Fault(
+        round(dice.uniform(0.1, 3) if "container" in kind else dice.triangular(0.1, 20, 3), 2), kind, run.token, seconds, offset
+    )
 
 
 def _on_service(dice: random.Random) -> Fault:
     kind, seconds, offset = _drawn(dice, ON_SERVICES)
-    return Fault(round(dice.uniform(0.5, SECONDS), 2), kind, None, seconds, offset)
+    return Fault(round(dice.uniform(1, SECONDS), 2), kind, None, seconds, offset)

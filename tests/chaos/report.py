@@ -29,17 +29,21 @@ class Report:
         self.findings: list[str] = []
         print(f"CHAOS_SEED={seed}", flush=True)
 
+    def say(self, text: str) -> None:
+        """Print a line with the time."""
+        print(f"[{time.monotonic() - self._began:5.0f} s] {text}", flush=True)
+
     def add(self, world: World, played: Played) -> None:
         """Audit a round that is over."""
+        self.say(f"round {played.round.number} has ended")
         found, outcomes = audited(world, played)
         self._rounds += 1
         self._runs += len(played.players)
         self._strikes += played.strikes
         self._outcomes += outcomes
         self.findings += found
-        seconds = time.monotonic() - self._began
         said = f"{_counted(outcomes)}; {sum(played.strikes.values())} strikes; {len(found)} findings"
-        print(f"[{seconds:5.0f} s] round {played.round.number}: {said}", flush=True)
+        self.say(f"round {played.round.number}: {said}")
         if found:
             _explain(world, played, found)
 
@@ -94,7 +98,11 @@ def _settle(world: World, run_ids: list[str]) -> None:
     until = time.monotonic() + SETTLE_SECONDS
     while run_ids and time.monotonic() < until:
         rows = world.ask("/flow_runs/filter", {"flow_runs": {"id": {"any_": run_ids}}})
-        run_ids = [row["id"] for row in rows if row["state_type"] not in FINAL]
+        run_ids = [
+            row["id"]
+            for row in rows
+            if row["state_type"] not in FINAL and (row["deployment_id"] or row["state_type"] != "PENDING")
+        ]
         time.sleep(0.5)
 
 
@@ -106,9 +114,7 @@ def _explain(world: World, played: Played, found: list[str]) -> None:
     for run in plan.runs:
         if any(run.token in each for each in found):
             print(f"  {run}")
-            log = world.folder / "logs" / run.token
-            if log.exists():
-                print(_tail(log))
+            print(_tail(world.folder / "logs" / (run.token if run.way == "call" else "worker")))
     for fault in plan.faults:
         print(f"  {fault.at:6.2f} s: {fault.kind} {fault.token or ''} for {fault.seconds} s, byte {fault.offset}")
     print(f"  struck: {dict(played.strikes)}; hit: {sorted(played.hit)}")
@@ -116,7 +122,8 @@ def _explain(world: World, played: Played, found: list[str]) -> None:
 
 
 def _tail(log: Path) -> str:
-    return "\n".join(f"    | {line}" for line in log.read_text(errors="replace").splitlines()[-40:])
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "\n".join(f"    | {line}" for line in lines[-60:])
 
 
 def _counted(counts: Counter[str]) -> str:

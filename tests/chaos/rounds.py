@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -93,9 +94,12 @@ class Player:
             time.sleep(0.2)
         if pid is not None:
             self.hung = True
-            os.kill(pid, signal.SIGUSR1)
-            time.sleep(1)
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                if self.run.way == "call":
+                    # Its stacks go to its log.
+                    os.kill(pid, signal.SIGUSR1)
+                    time.sleep(1)
+                os.kill(pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ def play(world: World, plan: Round) -> Played:
         hit.add((player.token, "cancel the run"))
 
     deeds: list[tuple[float, Callable[[], None]]] = [(run.starts, players[run.token].start) for run in plan.runs]
-    deeds += [(fault.at, lambda fault=fault: strike(fault)) for fault in plan.faults]  # type: ignore[misc]
+    starts = {run.token: run.starts for run in plan.runs}
+    deeds += [(starts[fault.token] if fault.token else fault.at, lambda fault=fault: strike(fault)) for fault in plan.faults]  # type: ignore[misc]
     deeds += [(run.cancelled, lambda run=run: cancel(players[run.token])) for run in plan.runs if run.cancelled]  # type: ignore[misc]
     with ThreadPoolExecutor(len(deeds)) as pool:
         done = [pool.submit(_at, began + when, deed) for when, deed in deeds]

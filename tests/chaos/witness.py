@@ -11,13 +11,15 @@ from pathlib import Path
 
 import obstore
 
+from tests.servers import prefect
+
 from .algorithms import ALGORITHMS, SOURCES
 from .audit import Claims, Leftovers, Place, Truth
 from .rounds import Played, Player
 from .world import RESULTS, World
 
 # Folders in TMPDIR that are Prefect's own.
-_PREFECTS = ("runner_storage",)
+_PREFECTS = ("runner_storage", prefect.HOME.name)
 
 
 class Witness:

@@ -24,7 +24,7 @@ import obstore
 
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
 from tests.images import TinyImage, busybox_layer, docker_archive, layer
-from tests.servers import s3
+from tests.servers import postgres, s3
 from tests.servers.faultproxy import FaultProxy
 
 from .algorithms import ALGORITHMS, SOURCES, TOKEN
@@ -79,10 +79,10 @@ class World:
 @contextlib.contextmanager
 def build(folder: Path) -> Iterator[World]:
     """Start and fill everything. Nothing is taken down in order: the namespaces' end does that."""
-    for name in ("engine", "s3", "home", "logs", "results", "local"):
+    for name in ("engine", "s3", "database", "home", "logs", "results", "local"):
         (folder / name).mkdir()
     logs = folder / "logs"
-    with s3.serve(folder / "s3") as store:
+    with s3.serve(folder / "s3") as store, postgres.serve(folder / "database") as database:
         gateway = Service(
             ["radosgw", "-n", "client.rgw", "-f", "--conf", f"{folder}/s3/ceph.conf"],
             logs / "gateway",
@@ -95,7 +95,7 @@ def build(folder: Path) -> Iterator[World]:
         env = _environment(folder, engine.host, store)
         api = prefect.PrefectServer(prefect.PORT, env, folder / "home")
         command = [str(prefect.BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(prefect.PORT)]
-        server = Service(command, logs / "server", lambda: _healthy(api), env)
+        server = Service(command, logs / "server", lambda: _healthy(api), env | _database(database))
         server.start()
         _fill(folder, store, engine, to_store.port)
         _deploy(folder, api)
@@ -121,6 +121,12 @@ def build(folder: Path) -> Iterator[World]:
         assert zygote.stdout is not None
         assert zygote.stdout.readline() == b"ready\n", (logs / "zygote").read_text()
         yield World(folder, engine, server, gateway, worker, api, store, to_server, to_store, zygote, through)
+
+
+def _database(url: str) -> dict[str, str]:
+    """On SQLite a dozen runs at once can use up Prefect's pool of connections, and the server hangs for a minute."""
+    name = "PREFECT_SERVER_DATABASE_"
+    return {f"{name}CONNECTION_URL": url, f"{name}SQLALCHEMY_POOL_SIZE": "20", f"{name}SQLALCHEMY_MAX_OVERFLOW": "40"}
 
 
 def _environment(folder: Path, engine: str, store: s3.S3Server) -> dict[str, str]:
