@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     log.set_defaults(action="log")
 
     reap = commands.add_parser("reap", help="remove containers and workspaces that dead runs left on this machine")
-    reap.add_argument("--now", action="store_true", help="do not wait for a retry to come back for a container (60 s)")
+    when = reap.add_mutually_exclusive_group()
+    when.add_argument("--now", action="store_true", help="do not wait for a retry to come back for a container (60 s)")
+    when.add_argument("--wait", action="store_true", help="stay until those are removed, too, that died just now (a minute)")
     reap.add_argument("--json", action="store_true", help="print what was removed as one line of JSON")
     reap.set_defaults(action="reap")
 

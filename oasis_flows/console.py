@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,16 +135,41 @@ def log(options: Options) -> int:
 
 
 def reap(options: Options) -> int:
-    containers, workspaces = reaper.reap(settings.current(), 0.0 if options.now else reaper.GRACE_SECONDS)
-    if options.json:
-        print(json.dumps({"containers": containers, "workspaces": workspaces}))
-    else:
-        for run_id in containers:
-            print(f"removed the container of run {run_id}")
-        for run_id in workspaces:
-            print(f"removed the workspace of run {run_id}")
-        print(f"{len(containers)} containers and {len(workspaces)} workspaces removed.")
+    here = settings.current()
+    if options.wait:
+        # A service that stops sends SIGTERM: then nobody comes back for what is left.
+        signal.signal(signal.SIGTERM, _raise_hurry)
+        try:
+            for reaped in reaper.reap_until_quiet(here):
+                _print_reaped(reaped, as_json=options.json)
+        except _Hurry:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            options.now = True
+        else:
+            return 0
+    _print_reaped(reaper.reap(here, now=options.now), as_json=options.json)
     return 0
+
+
+class _Hurry(BaseException):
+    """SIGTERM arrived."""
+
+
+def _raise_hurry(*_: object) -> None:
+    raise _Hurry
+
+
+def _print_reaped(reaped: reaper.Reaped, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(reaped)))
+        return
+    for run_id in reaped.runs:
+        print(f"marked run {run_id} as crashed, because its process is gone")
+    for run_id in reaped.containers:
+        print(f"removed the container of run {run_id}")
+    for run_id in reaped.workspaces:
+        print(f"removed the workspace of run {run_id}")
+    print(f"{counted(len(reaped.containers), 'container')} and {counted(len(reaped.workspaces), 'workspace')} removed.")
 
 
 def doctor(options: Options) -> int:

@@ -1,16 +1,20 @@
-"""Finding documents on the Prefect server by the names that people give them."""
+"""Asking the Prefect server: for documents by the names that people give them, and patiently where it is away."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
+import httpx
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError
 from prefect.flows import Flow
 
-from .errors import DescriptionError
+from .errors import DescriptionError, ServerUnavailable
+
+PATIENCE_SECONDS = 600.0
 
 AnyBlock = TypeVar("AnyBlock", bound=Block)
 P = ParamSpec("P")
@@ -54,6 +58,38 @@ def names(block_type: type[Block]) -> list[str]:
     with get_client(sync_client=True) as client:
         found = client.read_block_documents_by_type(block_type.get_block_type_slug())
     return sorted(document.name for document in found if document.name)
+
+
+def patiently(ask: Callable[[], R]) -> R:
+    """Do what asks the Prefect server; again where it does not answer, ten minutes long. So `ask` must bear repetition.
+
+    Raises:
+        ServerUnavailable: it still does not answer.
+    """
+    until = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return ask()
+        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
+                raise
+            if time.monotonic() > until:
+                raise ServerUnavailable(
+                    f"The Prefect server does not answer. Start it again, and retry the run: nothing done so far is lost. "
+                    f"The cause: {type(error).__name__}: {error}"
+                ) from error
+        # Prefect's own client has waited a minute by now, unless it was answered.
+        time.sleep(1)
+
+
+def await_server() -> None:
+    """Return once the Prefect server answers; raises as `patiently`."""
+
+    def hello() -> None:
+        with get_client(sync_client=True) as client:
+            client.hello().raise_for_status()
+
+    patiently(hello)
 
 
 class DocumentFlow(Flow[P, R]):

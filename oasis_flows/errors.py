@@ -19,6 +19,7 @@
     │   ├── UnsupportedByEngine      it cannot do what the description asks for
     │   │   └── NoGpu
     │   └── ContainerLost *          it vanished before its exit was known
+    ├── ServerUnavailable *      the Prefect server did not answer
     ├── RunInUse                 another process works on this very run
     └── AlgorithmFailed          it ran and failed: read its log; its code is its verdict's
 
@@ -164,6 +165,13 @@ class ContainerLost(EngineError):
     """The container vanished before its exit was known."""
 
     code = "lost"
+    transient = True
+
+
+class ServerUnavailable(OasisError):
+    """The Prefect server did not answer."""
+
+    code = "server_unavailable"
     transient = True
 
 

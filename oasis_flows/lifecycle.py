@@ -1,7 +1,8 @@
 """What surrounds the steps of a run: whose it is, and what is left of it.
 
 Rings of cleanup, from the inside: the engine removes its container whatever happens (`engines`); `owned_workspace` guards
-the flow; `clean_up` is called by Prefect when a run was cancelled or crashed; `reaper` takes what outlived its process.
+the flow; `clean_up` is called by Prefect when a run was cancelled or crashed; `reaper` takes what outlived its process,
+called by the run's own `watchdog`, by the next run on the machine, by a schedule, or by hand.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from prefect.flows import Flow
 from prefect.logging import get_run_logger
 
 from . import settings
+from .documents import patiently
 from .errors import OasisError, UnsafeName
 from .machine import open_engine
 from .plan import Plan
 from .reaper import reap
 from .settings import Settings
 from .tasks import MARKER_PUBLISHED, MARKER_RUN
+from .watchdog import watched
 from .workspace import Workspace, open_workspace
 
 LABEL_OUTPUT, LABEL_STORE, LABEL_HOST = "oasis.output", "oasis.store", "oasis.host"
@@ -38,15 +41,19 @@ def announce(plan: Plan) -> None:
     labels: dict[str, Any] = {LABEL_OUTPUT: plan.output.url, LABEL_HOST: socket.gethostname()}
     if plan.store is not None and plan.store._block_document_name:
         labels[LABEL_STORE] = plan.store._block_document_name
-    with get_client(sync_client=True) as client:
-        client.update_flow_run(run_id, tags=sorted(tags))
-        client.update_flow_run_labels(run_id, labels)
+
+    def write() -> None:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(run_id, tags=sorted(tags))
+            client.update_flow_run_labels(run_id, labels)
+
+    patiently(write)
 
 
 @contextmanager
 def owned_workspace(plan: Plan, here: Settings) -> Iterator[Workspace]:
     """The run's workspace: gone afterwards, unless a retry can go on from it. No container of the run outlives the block."""
-    with open_workspace(here.workspaces, plan.run_id) as workspace:
+    with watched(), open_workspace(here.workspaces, plan.run_id) as workspace:
         try:
             _sweep(here)
             yield workspace
@@ -80,11 +87,11 @@ def _unpublished(workspace: Workspace, error: OasisError) -> bool:
 def _sweep(here: Settings) -> None:
     """Take away what dead runs left. That is nobody's business but theirs: it never fails this run."""
     try:
-        containers, _ = reap(here)
+        reaped = reap(here)
     except Exception as error:  # noqa: BLE001 - whatever it is, this run did not do it
         get_run_logger().warning("Could not look for what dead runs left: %s: %s", type(error).__name__, error)
     else:
-        for run_id in containers:
+        for run_id in reaped.containers:
             get_run_logger().warning("Removed the container of run %s, whose process is gone.", run_id)
 
 

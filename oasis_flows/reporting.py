@@ -16,6 +16,7 @@ from prefect.events import emit_event
 from prefect.logging import get_run_logger
 from prefect.states import Failed
 
+from .documents import await_server
 from .errors import OasisError
 from .job import Reason
 from .log import last_lines
@@ -42,6 +43,8 @@ def show(account: Account, verdict: Verdict) -> None:
     plan = account.plan
     what = f": {plan.algorithm_name} on {plan.dataset_name}, output {plan.document_name}" if plan else ""
     try:
+        # The state that follows cannot wait for a server: Prefect gives up after a minute, and the run would stay Running.
+        await_server()
         create_markdown_artifact(page(account, verdict), key=PAGE, description=f"{oasis_status(verdict)}{what}")
     except Exception as error:  # noqa: BLE001  # see above
         get_run_logger().warning("The run's page could not be saved: %s", error)

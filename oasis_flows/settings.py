@@ -5,6 +5,7 @@
 `OASIS_FLOWS_HOME`          folder of workspaces and of datasets published without a store ("~/.oasis-flows"); the engine
                             must see it under the same path
 `OASIS_FLOWS_STOP_GRACE`    seconds between SIGTERM and SIGKILL for a container that has to end (10)
+`OASIS_FLOWS_RETRY_WINDOW`  seconds that the container of a run whose process died waits for a retry to take it up (60)
 `OASIS_FLOWS_KEEP_HOURS`    how long the workspace of a run that may be retried is kept (24)
 """
 
@@ -25,6 +26,7 @@ class Settings:
     docker_host: str | None
     home: Path
     stop_grace_seconds: float
+    retry_window_seconds: float
     keep_seconds: float
 
     @property
@@ -50,6 +52,7 @@ def current() -> Settings:
         docker_host=env("OASIS_FLOWS_DOCKER_HOST") or None,
         home=Path(env("OASIS_FLOWS_HOME") or "~/.oasis-flows").expanduser().absolute(),
         stop_grace_seconds=_seconds("OASIS_FLOWS_STOP_GRACE", "10"),
+        retry_window_seconds=_seconds("OASIS_FLOWS_RETRY_WINDOW", "60"),
         keep_seconds=3600 * _seconds("OASIS_FLOWS_KEEP_HOURS", "24"),
     )
 

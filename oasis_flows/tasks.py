@@ -25,7 +25,7 @@ from prefect.logging import get_run_logger
 from prefect.logging.loggers import PrefectLogAdapter
 from prefect.tasks import Task, exponential_backoff
 
-from . import log, store
+from . import documents, log, store
 from .blocks import Dataset
 from .engines import Engine
 from .errors import OasisError, UnsafeName
@@ -231,7 +231,7 @@ def publish_output(
         size_bytes=summary.size_bytes,
         manifest_digest=summary.digest,
     )
-    dataset.save(plan.document_name, overwrite=True)
+    documents.patiently(lambda: dataset.save(plan.document_name, overwrite=True))
     files, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
     get_run_logger().info("Published %s, %s, as dataset %s: %s", files, size, plan.document_name, plan.output.url)
     return summary, dataset

@@ -151,6 +151,14 @@ def reap(root: Path, keep_seconds: float) -> tuple[str, ...]:
     return tuple(path.name for path in folders if Workspace(path).remove_abandoned(keep_seconds))
 
 
+def abandoned(root: Path, silence_seconds: float) -> Iterator[str]:
+    """Ids of the runs whose owner is dead and was last seen at least `silence_seconds` ago; nothing is removed."""
+    for path in sorted(root.glob("*/lease")):
+        with lease.taken(path, silence_seconds) as free:
+            if free:
+                yield path.parent.name
+
+
 def _age(path: Path) -> float:
     """Seconds since the folder last changed; one that is gone is as young as can be."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import shutil
@@ -105,25 +106,38 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
+@contextlib.contextmanager
+def server_process(server: PrefectServer, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The process of a server, for the time of the block; one that went down may be started again on its database."""
+    command = [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(server.port)]
+    with log.open("ab") as said:
+        process = subprocess.Popen(
+            command, env=server.env, stdout=said, stderr=said, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    try:
+        _wait_until_healthy(server, process, log)
+        yield process
+    finally:
+        stop(process)
+
+
+def client_env(port: int, prefect_home: Path, oasis_home: Path) -> dict[str, str]:
+    """The environment of a server on this port, and of its clients."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OASIS_"))} | {
+        "PREFECT_HOME": str(prefect_home),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        **dict(line.split("=", 1) for line in SETTINGS.read_text().splitlines() if line and line[0] != "#"),
+        "OASIS_FLOWS_HOME": str(oasis_home),
+    }
+
+
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
     """A server of this test session, with a database of its own. This process is its client, too."""
     folder = tmp_path_factory.mktemp("prefect")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OASIS_"))} | {
-        "PREFECT_HOME": str(HOME),
-        "PREFECT_API_URL": f"http://127.0.0.1:{PORT}/api",
-        **dict(line.split("=", 1) for line in SETTINGS.read_text().splitlines() if line and line[0] != "#"),
-        "OASIS_FLOWS_HOME": str(folder / "home"),
-    }
-    server = PrefectServer(PORT, env, folder / "home")
-    command = [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(PORT)]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-    try:
-        _wait_until_healthy(server, process, folder / "server.log")
+    server = PrefectServer(PORT, client_env(PORT, HOME, folder / "home"), folder / "home")
+    with server_process(server, folder / "server.log"):
         yield server
-    finally:
-        stop(process)
 
 
 def _wait_until_healthy(server: PrefectServer, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -159,12 +173,21 @@ def deployed(prefect_server: PrefectServer) -> PrefectServer:
     return prefect_server
 
 
+@contextlib.contextmanager
+def worker_process(server: PrefectServer, log: Path, **changes: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker of the pool `gpu-process`, in a session of its own."""
+    command = [str(BIN / "prefect"), "worker", "start", "--pool", "gpu-process", "--name", log.stem]
+    env = server.env | {"PREFECT_WORKER_QUERY_SECONDS": "1", **changes}
+    with log.open("wb") as said:
+        process = subprocess.Popen(command, env=env, stdout=said, stderr=said, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield process
+    finally:
+        stop(process)
+
+
 @pytest.fixture(scope="session")
 def worker(deployed: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker of the pool `gpu-process`."""
-    command = [str(BIN / "prefect"), "worker", "start", "--pool", "gpu-process", "--name", "tests"]
-    env = deployed.env | {"PREFECT_WORKER_QUERY_SECONDS": "1"}
-    with (tmp_path_factory.mktemp("worker") / "worker.log").open("wb") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-    yield process
-    stop(process)
+    """The worker of most tests."""
+    with worker_process(deployed, tmp_path_factory.mktemp("worker") / "tests.log") as process:
+        yield process
