@@ -55,7 +55,7 @@ def do(world: World, fault: Fault, target: Target | None) -> int:
             service.stop_for(fault.seconds)
         return 1
     if verb == "cut":
-        return (world.to_server if name == "server" else world.to_store).drop()
+        return bool((world.to_server if name == "server" else world.to_store).drop())
     faults = {
         "break the store's answers": Faults(reset_after=fault.offset, connections=CONNECTIONS),
         "flip bits of the store's answers": Faults(flip_bit_at=fault.offset, connections=CONNECTIONS),

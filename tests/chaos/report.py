@@ -11,10 +11,12 @@ from tests.servers.engine import alive
 from .audit import FINAL, examine, examine_leftovers
 from .plan import Round
 from .rounds import Played
-from .witness import Witness
+from .witness import Witness, watchdogs
 from .world import World
 
 SETTLE_SECONDS = 120.0
+# Nobody will say anything more about a Python call.
+SETTLE_CALL_SECONDS = 10.0
 
 
 class Report:
@@ -62,6 +64,7 @@ class Report:
 
 def audited(world: World, played: Played) -> tuple[list[str], Counter[str]]:
     """Clean up as a machine in use does, and compare what is there with what is said; what was found, and the outcomes."""
+    _wait_for_watchdogs()
     _reap(world, played)
     run_ids = {player.token: player.run_id() for player in played.players}
     _settle(world, [run_id for run_id in run_ids.values() if run_id])
@@ -86,6 +89,12 @@ def audited(world: World, played: Played) -> tuple[list[str], Counter[str]]:
     return found, outcomes
 
 
+def _wait_for_watchdogs() -> None:
+    until = time.monotonic() + SETTLE_SECONDS
+    while watchdogs() and time.monotonic() < until:
+        time.sleep(0.5)
+
+
 def _reap(world: World, played: Played, **env: str) -> None:
     """What a machine's timer, or its next run, does."""
     log = world.folder / "logs" / f"reap-{played.round.number}"
@@ -95,14 +104,12 @@ def _reap(world: World, played: Played, **env: str) -> None:
 
 
 def _settle(world: World, run_ids: list[str]) -> None:
-    until = time.monotonic() + SETTLE_SECONDS
-    while run_ids and time.monotonic() < until:
+    """Wait until all runs are in a final state; those that a worker may still begin longer than those that have ended."""
+    began = time.monotonic()
+    while run_ids and (waited := time.monotonic() - began) < SETTLE_SECONDS:
         rows = world.ask("/flow_runs/filter", {"flow_runs": {"id": {"any_": run_ids}}})
-        run_ids = [
-            row["id"]
-            for row in rows
-            if row["state_type"] not in FINAL and (row["deployment_id"] or row["state_type"] != "PENDING")
-        ]
+        waiting = [row for row in rows if row["state_type"] not in FINAL]
+        run_ids = [row["id"] for row in waiting if row["deployment_id"] or waited < SETTLE_CALL_SECONDS]
         time.sleep(0.5)
 
 

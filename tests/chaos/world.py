@@ -143,6 +143,7 @@ def _environment(folder: Path, engine: str, store: s3.S3Server) -> dict[str, str
         "DOCKER_HOST": engine,
         "OASIS_FLOWS_HOME": str(folder / "home"),
         "OASIS_FLOWS_STOP_GRACE": "1",
+        "OASIS_FLOWS_RETRY_WINDOW": "6",
     }
 
 
