@@ -18,7 +18,7 @@ from .audit import Claims, Leftovers, Place, Truth
 from .rounds import Played, Player
 from .world import RESULTS, World
 
-# Folders in TMPDIR that are Prefect's own.
+# What is Prefect's own in TMPDIR; its worker's `tmp…prefect` stay when it is killed.
 _PREFECTS = ("runner_storage", prefect.HOME.name)
 
 
@@ -88,7 +88,11 @@ class Witness:
                 **{sort: tuple(names) for sort, names in found.items()},
                 "workspaces": tuple(path.name for path in (world.home / "workspaces").glob("*")),
                 "watchdogs": watchdogs(),
-                "temporary files": tuple(p.name for p in (world.folder / "tmp").iterdir() if p.name not in _PREFECTS),
+                "temporary files": tuple(
+                    p.name
+                    for p in (world.folder / "tmp").iterdir()
+                    if p.name not in _PREFECTS and not p.name.endswith("prefect")
+                ),
                 "broken-off uploads": tuple(upload["Key"] for upload in uploads),
                 "files half written": tuple(litter),
                 "outputs of unknown runs": tuple(strangers - owners),

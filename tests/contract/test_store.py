@@ -809,6 +809,19 @@ def test_a_flipped_bit_never_makes_something_else_of_a_dataset(
     assert [offset for offset, known in taken_for.items() if not known] == []
 
 
+def test_a_flipped_bit_never_leaves_a_file_out_of_a_folder(s3_place: Location, faulty: Location, proxy: FaultProxy) -> None:
+    put_raw(s3_place, dict.fromkeys("abc", b"1"))
+    found: dict[int, int] = {}
+    for offset in range(300, 1300, 17):
+        proxy.set(Faults(flip_bit_at=offset, connections=2))
+        try:
+            found[offset] = len(list(store.scan(faulty)))
+        except OasisError:
+            found[offset] = 3
+
+    assert {offset: count for offset, count in found.items() if count != 3} == {}
+
+
 def test_bits_that_flip_every_time_are_a_checksum_mismatch(
     s3_place: Location, faulty: Location, proxy: FaultProxy, publish: Callable[..., Summary], tmp_path: Path
 ) -> None:
