@@ -275,6 +275,13 @@ class Algorithm(Block):
         default=None,
         description="Run it again, once, with this much memory when `memory` did not suffice. Empty: never.",
     )
+    max_output_size: str = Field(
+        default="100GiB", description="It is killed when its output has more bytes than this, such as 5GiB."
+    )
+    max_output_files: int = Field(
+        default=1_000_000, description="It is killed when its output has more files and folders than this."
+    )
+    max_log_size: str = Field(default="1GiB", description="It is killed when its log has more bytes than this, such as 10MiB.")
 
     @field_validator("command", "entrypoint")
     @classmethod
@@ -317,17 +324,20 @@ class Algorithm(Block):
             raise ValueError(f"{value!r} makes no sense. Write a whole number from 1, or all; for none at all leave gpu: false")
         return value
 
-    @field_validator("pids_limit")
+    @field_validator("pids_limit", "max_output_files")
     @classmethod
-    def _pids(cls, value: int) -> int:
-        if not 2 <= value <= 4_194_304:
-            raise ValueError(f"{value} makes no sense. Write a whole number from 2 to 4194304, such as 1024")
+    def _count(cls, value: int, info: ValidationInfo) -> int:
+        least, most, example = {"pids_limit": (2, 4_194_304, 1024), "max_output_files": (1, 10**9, 1_000_000)}[
+            str(info.field_name)
+        ]
+        if not least <= value <= most:
+            raise ValueError(f"{value} makes no sense. Write a whole number from {least} to {most}, such as {example}")
         return value
 
-    @field_validator("memory", "shm_size", "tmp_size", "memory_max", mode="before")
+    @field_validator("memory", "shm_size", "tmp_size", "memory_max", "max_output_size", "max_log_size", mode="before")
     @classmethod
     def _size(cls, value: object, info: ValidationInfo) -> object:
-        if value is None and info.field_name != "memory":
+        if value is None and info.field_name in ("shm_size", "tmp_size", "memory_max"):
             return None
         text = str(value)
         least = _LEAST_MEMORY if info.field_name in ("memory", "memory_max") else 1 << 10

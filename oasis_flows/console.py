@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from prefect.client.schemas.objects import State
 
-from . import catalogue, documents, reaper, settings, store as stores
+from . import catalogue, documents, progress, reaper, settings, store as stores
 from .blocks import Algorithm, Dataset, DatasetStore
 from .command import from_text
 from .doctor import examine
@@ -23,9 +24,14 @@ from .flows.algorithm_task import algorithm_task
 from .job import counted, human_bytes
 from .manifest import Entry, Tally, to_line
 from .plan import checked_name, location
+from .progress import Bar
 from .running import follow, open_log, split_lines
+from .verdict import judge
 
 Options = argparse.Namespace
+
+# How much of Prefect's log is shown on stderr; `main` sets it, unless the user did.
+CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 
 
 def apply(options: Options) -> int:
@@ -46,17 +52,20 @@ def run(options: Options) -> int:
     if options.store:
         documents.load(DatasetStore, options.store)
     given = from_text(algorithm.parameters, _pairs(options.parameter))
-    state = cast(
-        State[Any],
-        algorithm_task(
-            options.algorithm,
-            options.dataset,
-            output_name=options.output_name,
-            store=options.store,
-            parameters=given or None,
-            return_state=True,
-        ),
-    )
+    # Among the lines of Prefect's log a bar has no place.
+    quiet = os.environ.get(CONSOLE_LEVEL) == "CRITICAL"
+    with Bar(wanted=quiet) as bar, progress.heard_by(bar.show):
+        state = cast(
+            State[Any],
+            algorithm_task(
+                options.algorithm,
+                options.dataset,
+                output_name=options.output_name,
+                store=options.store,
+                parameters=given or None,
+                return_state=True,
+            ),
+        )
     result = state.result(raise_on_failure=False)
     _print_run(state, result, as_json=options.json)
     if isinstance(result, Dataset):
@@ -76,10 +85,10 @@ def dataset_add(options: Options) -> int:
             f"prefect block delete dataset/{options.name}."
         )
     tally = Tally()
-    with _Bar("found") as bar:
+    with Bar() as bar:
         for entry in stores.scan(location(dataset), hash=location(dataset).is_local):
             tally.add(entry)
-            bar.show(tally.file_count, None, tally.size_bytes)
+            bar.show("found", tally.file_count, None, tally.size_bytes, None)
     found = tally.summary()
     if not found.file_count:
         raise DescriptionError(f"The folder {url} holds no files. Put the files there first, or correct the path.")
@@ -106,8 +115,8 @@ def dataset_ls(options: Options) -> int:
 
 def dataset_get(options: Options) -> int:
     dataset = documents.load(Dataset, options.name)
-    with _Bar("copied") as bar:
-        found = stores.fetch_to(location(dataset), Path(options.folder), progress=bar.show)
+    with Bar() as bar:
+        found = stores.fetch_to(location(dataset), Path(options.folder), progress=partial(bar.show, "copied"))
     print(f"{counted(found.file_count, 'file')}, {human_bytes(found.size_bytes)} in {options.folder}")
     return 0
 
@@ -214,6 +223,7 @@ def _print_run(state: State[Any], result: object, *, as_json: bool) -> None:
         "state": state.name,
         "status": "Succeeded" if state.is_completed() else "Failed",
         "message": state.message if not state.is_completed() else None,
+        "verdict": judge(result).to_json() if isinstance(result, OasisError) else None,
         "dataset": result._block_document_name if isinstance(result, Dataset) else None,
         "url": source.url,
         "ui_url": source.ui_url,
@@ -234,34 +244,3 @@ def _print_run(state: State[Any], result: object, *, as_json: bool) -> None:
 
 def _printable(entry: Entry) -> str:
     return entry.path if entry.path.isprintable() else repr(entry.path)
-
-
-class _Bar:
-    """How far a long transfer is, on stderr, where that is a terminal."""
-
-    def __init__(self, verb: str) -> None:
-        self._verb = verb
-        self._on = sys.stderr.isatty()
-        self._last = 0.0
-        self._began = time.monotonic()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._on and self._last:
-            print("\r\x1b[K", end="", file=sys.stderr)
-
-    def show(self, files: int, total: int | None, size: int) -> None:
-        now = time.monotonic()
-        if not self._on or now - self._last < 0.2:
-            return
-        self._last = now
-        rate = human_bytes(int(size / max(now - self._began, 0.001)))
-        drawn = f"[{'#' * (20 * files // total):20}] " if total else ""
-        print(
-            f"\r\x1b[K{drawn}{files}{f'/{total}' if total else ''} files {self._verb}, {human_bytes(size)}, {rate}/s",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )

@@ -41,6 +41,11 @@ class Reason(StrEnum):
     LOG_TOO_LARGE = "log_too_large"
     DISK_FULL = "disk_full"
 
+    @property
+    def keeps_output(self) -> bool:
+        """Is what was written published? Of an output that was too much nobody looks at the half, and it would fill the store."""
+        return self not in (Reason.OUTPUT_TOO_LARGE, Reason.TOO_MANY_FILES, Reason.DISK_FULL)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegistryLogin:
@@ -142,7 +147,10 @@ class ContainerJob:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a container used at one moment: seconds since its start, processors in use, bytes of memory."""
+    """What a container used: seconds since its start; since the sample before, processors on average and memory at most.
+
+    Memory is what could not be given back at once: the file cache that nobody uses is not counted.
+    """
 
     seconds: float
     cpus: float
@@ -155,9 +163,11 @@ class ContainerExit:
 
     `exit_code` is `None` when it never started. `in_force` is what the engine itself said, before the start, about
     limits, sandbox, user and mounts (JSON values only). `memory_peak_bytes` and `cpu_seconds` are `None` where they could
-    not be read. `forks_refused` counts how often the limit of processes refused one. `usage` is what was seen from
-    outside while it ran, oldest first, never more than 240 samples. `detail` quotes the engine where it said why;
-    `last_words` are the last lines on stderr, filled in by who keeps the log.
+    not be read; the time is that of the last look, a moment before the end. `limit_passed` is the limit of output, files or
+    log that it passed, or what must stay free of a disk: bytes or files, as the reason has it. `forks_refused` counts how
+    often the limit of processes refused one. `usage` is what was seen from outside while it ran, oldest first, never more
+    than 240 samples. `detail` quotes the engine where it said why; `last_words` are the last lines on stderr, filled in by
+    who keeps the log.
     """
 
     reason: Reason
@@ -170,6 +180,7 @@ class ContainerExit:
     forks_refused: int = 0
     usage: tuple[Sample, ...] = ()
     timeout_seconds: float | None = None
+    limit_passed: int | None = None
     in_force: Mapping[str, object] = field(default_factory=dict)
     detail: str = ""
     last_words: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ VIEW_CHARACTERS = 5_000_000
 SECONDS_BETWEEN_BLOCKS = 1.0
 LAST_WORDS_BYTES = 8192
 MASK = b"***"
+_CHANCE = 3  # bytes
 # Name of the logger of the view, below that of the task: so the container's words can be told from the step's.
 VIEW_LOGGER = "container"
 
@@ -49,8 +50,13 @@ class Redactor:
         return self._any.sub(MASK, text[:edge])
 
     def close(self) -> bytes:
-        """What was held back, at the end of the stream."""
+        """What was held back, at the end of the stream: masked, where it is more of a secret than chance would have it.
+
+        The end may be a limit of the log, in the middle of a secret.
+        """
         held, self._held = self._held, b""
+        if len(held) > _CHANCE:
+            return MASK
         return self._any.sub(MASK, held) if self._secrets else held
 
     def _unfinished(self, text: bytes) -> int:

@@ -155,6 +155,9 @@ def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder:
             tmp_bytes=parse_bytes(algorithm.tmp_size) if algorithm.tmp_size else None,
             pids=algorithm.pids_limit,
             gpus=gpus,
+            output_bytes=parse_bytes(algorithm.max_output_size),
+            output_files=algorithm.max_output_files,
+            log_bytes=parse_bytes(algorithm.max_log_size),
         ),
         sandbox=Sandbox(
             network=algorithm.network,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from . import picture
 from .errors import UnsafeName
 from .job import ContainerExit, Reason, counted, human_bytes
-from .manifest import Summary
+from .manifest import Entry, Summary
 from .plan import Plan
 from .verdict import Verdict
 
@@ -47,7 +50,21 @@ def task_json(
         "first_try": _exit(first_try) if first_try else None,
         "exit": _exit(exit),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "usage": {
+            "cpu_seconds": exit.cpu_seconds,
+            "memory_peak_bytes": exit.memory_peak_bytes,
+            "forks_refused": exit.forks_refused,
+            "samples": [astuple(sample) for sample in exit.usage],
+        },
     }
+
+
+def written(record: Mapping[str, Any]) -> bytes:
+    """The record as the content of `task.json`: indented, a list of numbers on one line."""
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+    # A text in JSON holds no line breaks, so none is changed.
+    text = re.sub(r"\[\n[-+.\deE,\s]+\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
+    return text.encode() + b"\n"
 
 
 def oasis_status(verdict: Verdict) -> str:
@@ -56,7 +73,7 @@ def oasis_status(verdict: Verdict) -> str:
 
 
 def _exit(exit: ContainerExit) -> dict[str, Any]:
-    left_out = ("in_force", "usage", "last_words")
+    left_out = ("in_force", "usage", "cpu_seconds", "forks_refused", "last_words")
     return {name: value for name, value in exit.to_json().items() if name not in left_out}
 
 
@@ -74,13 +91,19 @@ def loosened(plan: Plan) -> list[str]:
 
 @dataclass(slots=True, kw_only=True)
 class Account:
-    """What is known about a run so far; the flow fills it in as it goes. `tail` holds the last lines of the log."""
+    """What is known about a run so far; the flow fills it in as it goes.
+
+    `tail` holds the last lines of the log, `files` the first of those that were published, `document_url` where the output's
+    Dataset document is in Prefect's UI, if that has an address.
+    """
 
     plan: Plan | None = None
     image: str | None = None
     staged: Summary | None = None
     exit: ContainerExit | None = None
     published: Summary | None = None
+    document_url: str | None = None
+    files: Sequence[Entry] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     tail: Sequence[str] = ()
 
@@ -90,9 +113,10 @@ def page(account: Account, verdict: Verdict) -> str:
     rows = [("Status", _status(verdict)), *_plan_rows(account), *_exit_rows(account, verdict)]
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows if value)
     parts = [f"## {verdict.sentence.rstrip('.')}", verdict.advice, verdict.action, f"| | |\n|---|---|\n{table}"]
-    if account.exit is None:
+    if account.exit is None or account.plan is None:
         parts += ["### What was seen", _fenced(verdict.evidence)]
     else:
+        parts += [*_usage(account.exit, account.plan.algorithm.cpus)]
         parts += ["### The log's last lines", _fenced(account.tail) or "The algorithm wrote nothing to its log."]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -123,18 +147,50 @@ def _exit_rows(account: Account, verdict: Verdict) -> list[tuple[str, str]]:
     if plan is None or exit is None:
         return [stages]
     return [
-        *_output_rows(plan, account.published, verdict),
+        *_output_rows(plan, account, verdict),
         stages,
-        ("Peak memory", f"{human_bytes(exit.memory_peak_bytes)} of {human_bytes(exit.memory_limit_bytes)}"),
+        ("Processors", _processors(exit, plan.algorithm.cpus)),
+        ("Peak memory", _peak_memory(exit)),
+        ("Refused processes", f"{exit.forks_refused}, by `pids_limit`" if exit.forks_refused else ""),
         ("Sandbox", f"loosened: {', '.join(loosened(plan))}" if loosened(plan) else "closed"),
     ]
 
 
-def _output_rows(plan: Plan, published: Summary | None, verdict: Verdict) -> list[tuple[str, str]]:
+def _processors(exit: ContainerExit, cpus: float) -> str:
+    """Time and average; those of a container that ended before the second look at it are not worth a word."""
+    if exit.cpu_seconds is None or len(exit.usage) < 2:
+        return ""
+    average = exit.cpu_seconds / exit.usage[-1].seconds
+    return f"{exit.cpu_seconds:.1f} s of processor time, {average:.2f} of {cpus:g} on average"
+
+
+def _peak_memory(exit: ContainerExit) -> str:
+    peak = f"{human_bytes(exit.memory_peak_bytes)} of {human_bytes(exit.memory_limit_bytes)}"
+    if exit.memory_peak_bytes is None or not exit.usage:
+        return peak
+    most = max(sample.memory_bytes for sample in exit.usage)
+    return f"{peak}; {human_bytes(min(most, exit.memory_peak_bytes))} without what the kernel kept of files"
+
+
+def _usage(exit: ContainerExit, cpus: float) -> list[str]:
+    if len(exit.usage) < 2 or exit.memory_limit_bytes is None:
+        return []
+    drawn = picture.svg(exit.usage, cpus=cpus, memory_bytes=exit.memory_limit_bytes)
+    return ["### Processors and memory", f"![Processors and memory over time]({picture.url(drawn)})"]
+
+
+def _output_rows(plan: Plan, account: Account, verdict: Verdict) -> list[tuple[str, str]]:
+    published = account.published
     if published is None and verdict.code != UnsafeName.code:
         return [("Output", "not published; the run's log says why")]
+    if account.exit is not None and not account.exit.reason.keeps_output:
+        return [
+            ("Output", "no dataset; its files were not kept"),
+            ("Log, record", f"`{plan.output.url}`/`log.txt`, `task.json`"),
+        ]
     good = verdict.code == Reason.OK
-    named = f"dataset `{plan.document_name}`" if good else "no dataset; what there was is kept to be looked at"
+    name = f"[{plan.document_name}]({account.document_url})" if account.document_url else f"`{plan.document_name}`"
+    named = f"dataset {name}" if good else "no dataset; what there was is kept to be looked at"
     return [
         ("Output", f"{named}{_counted(published)}"),
         ("Files, log, record", f"`{plan.output.url}`/`data`, `log.txt`, `task.json`"),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import UUID
 
 from prefect import runtime
-from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, FlowRunPolicy, State
 from prefect.context import FlowRunContext
@@ -16,6 +15,7 @@ from prefect.events import emit_event
 from prefect.logging import get_run_logger
 from prefect.states import Failed
 
+from .artifacts import first_files, show_files, show_page
 from .documents import await_server
 from .errors import OasisError
 from .job import Reason
@@ -26,7 +26,6 @@ from .verdict import Verdict, judge
 from .workspace import Workspace
 
 EVENT = "oasis-flows.run.failed"
-PAGE = "oasis-run"
 
 
 @contextmanager
@@ -36,18 +35,20 @@ def noted(account: Account, workspace: Workspace) -> Iterator[None]:
         yield
     finally:
         account.seconds, account.tail = stage_seconds(workspace), last_lines(workspace.log, 30)
+        if account.published is not None:
+            account.files = first_files(workspace.published_manifest)
 
 
 def show(account: Account, verdict: Verdict) -> None:
-    """Put the run's page among its artifacts. That it cannot be shown changes nothing about what became of the run."""
+    """Put the run's page and the list of its output files among its artifacts."""
     plan = account.plan
     what = f": {plan.algorithm_name} on {plan.dataset_name}, output {plan.document_name}" if plan else ""
-    try:
-        # The state that follows cannot wait for a server: Prefect gives up after a minute, and the run would stay Running.
+    # The state that follows cannot wait for a server: Prefect gives up after a minute, and the run would stay Running.
+    with suppress(OasisError):
         await_server()
-        create_markdown_artifact(page(account, verdict), key=PAGE, description=f"{oasis_status(verdict)}{what}")
-    except Exception as error:  # noqa: BLE001  # see above
-        get_run_logger().warning("The run's page could not be saved: %s", error)
+    show_page(page(account, verdict), f"{oasis_status(verdict)}{what}")
+    if plan is not None and account.published is not None:
+        show_files(account.files, account.published, plan.output.url, whole=verdict.code == Reason.OK)
 
 
 def failed(error: OasisError, account: Account) -> State[Any]:
@@ -83,7 +84,7 @@ def _tell(verdict: Verdict) -> None:
         with get_client(sync_client=True) as client:
             tags = {*client.read_flow_run(UUID(run_id)).tags, f"failed:{verdict.code}"}
             client.update_flow_run(UUID(run_id), tags=sorted(tags))
-    except Exception as error:  # noqa: BLE001  # as for the page
+    except Exception as error:  # noqa: BLE001  # what became of the run stays the same
         get_run_logger().warning("The failure could not be told to automations: %s", error)
 
 

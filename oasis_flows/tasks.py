@@ -8,11 +8,10 @@ and no error here.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +24,8 @@ from prefect.logging import get_run_logger
 from prefect.logging.loggers import PrefectLogAdapter
 from prefect.tasks import Task, exponential_backoff
 
-from . import documents, log, store
+from . import documents, log, progress, store
+from .artifacts import TransferBar
 from .blocks import Dataset
 from .engines import Engine
 from .errors import OasisError, UnsafeName
@@ -33,7 +33,7 @@ from .job import ContainerExit, ContainerJob, Reason, counted, human_bytes, pars
 from .machine import open_engine
 from .manifest import Summary
 from .plan import Plan, container_job
-from .record import task_json
+from .record import task_json, written
 from .settings import Settings
 from .verdict import PUBLISH, Case, Verdict, judge
 from .workspace import Workspace
@@ -69,7 +69,7 @@ def stage_input(plan: Plan, workspace: Workspace) -> tuple[Path, Summary]:
     started = time.monotonic()
     with _step(MARKER_STAGED):
         store.check_writable(plan.root)
-        folder, summary = store.stage(plan.source, workspace.path, progress=_progress("Staged"))
+        folder, summary = store.stage(plan.source, workspace.path, progress=_progress("Staged", MARKER_STAGED))
     _finish(workspace, MARKER_STAGED, started, folder=str(folder), summary=asdict(summary))
     files, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
     get_run_logger().info("The input %s has %s, %s.", plan.dataset_name, files, size)
@@ -180,6 +180,8 @@ def publish_output(
 ) -> tuple[Summary, Dataset | None]:
     """Publish what the container wrote, with its log and record; a Dataset document only if it succeeded.
 
+    Of an output that was too much: log and record only; its files are deleted first, for these may need the room.
+
     Raises:
         UnsafeName: the output cannot be a dataset; it was kept like that of a failed run.
     """
@@ -187,6 +189,8 @@ def publish_output(
         summary = Summary(**done["summary"])
     else:
         started = time.monotonic()
+        if not exit.reason.keeps_output:
+            workspace.fresh_output()
 
         def publish(verdict: Verdict) -> Summary:
             def record(found: Summary) -> bytes:
@@ -201,7 +205,7 @@ def publish_output(
                     seconds=stage_seconds(workspace) | {MARKER_PUBLISHED: time.monotonic() - started},
                     flow_run=flow_run,
                 )
-                return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+                return written(content)
 
             return store.publish(
                 workspace.output,
@@ -211,7 +215,7 @@ def publish_output(
                 commit=verdict.code == Reason.OK,
                 workspace=workspace.path,
                 skipped=get_run_logger().warning,
-                progress=_progress("Published"),
+                progress=_progress("Published", MARKER_PUBLISHED),
             )
 
         with _step(MARKER_PUBLISHED):
@@ -259,15 +263,18 @@ def _step(name: str) -> Iterator[None]:
         raise
 
 
-def _progress(verb: str) -> Callable[[int, int | None, int], None]:
-    """Tell how a long transfer goes, every ten seconds."""
+def _progress(verb: str, step: str) -> store.Progress:
+    """Tell how a long transfer goes: by a bar among the run's artifacts, and in the log every ten seconds."""
+    bar = TransferBar(step)
     logger: logging.Logger | logging.LoggerAdapter[Any] = get_run_logger()
     last = time.monotonic()
 
-    def tell(files: int, total: int | None, size: int) -> None:
+    def tell(files: int, all_files: int, bytes: int, all_bytes: int) -> None:
         nonlocal last
+        bar.move(files, all_files, bytes, all_bytes)
+        progress.tell(verb.lower(), files, all_files, bytes, all_bytes)
         if time.monotonic() - last >= 10:
             last = time.monotonic()
-            logger.info("%s %d%s files, %s.", verb, files, f" of {total}" if total else "", human_bytes(size))
+            logger.info("%s %d of %d files, %s of %s.", verb, files, all_files, human_bytes(bytes), human_bytes(all_bytes))
 
     return tell

@@ -15,8 +15,9 @@
 
 The promises of `oasis_flows.engines` that hold: 1 (a non-zero exit is a result, an `OasisError` raised by the function
 is an exception), 2, 3 (nothing is started, so nothing stays), 5 (the time limit; the function is let go at its next
-call of `log`), 7 (`gpus` says how many it has). Those of a kernel do not: read-only mounts, environment, limits, and
-death by memory, unless the function returns a `ContainerExit` that says so.
+call of `log`), 7 (`gpus` says how many it has), 8 (the log's limit when it is passed, those of the output at the end).
+Those of a kernel do not: read-only mounts, environment, limits, and death by memory, unless the function returns a
+`ContainerExit` that says so.
 '''
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
 from .engines import Description
+from .engines.quota import Passed, measure
 from .errors import ImageNotFound, NoGpu, OasisError
 from .job import ContainerExit, ContainerJob, ImageSource, LogSink, Reason, Stream
 
@@ -129,6 +131,8 @@ class _Call:
         self._over = False
         self._answer: int | ContainerExit = 0
         self._failure: BaseException | None = None
+        self._logged = 0
+        self._passed: Passed | None = None
 
     def result(self) -> ContainerExit:
         thread = threading.Thread(target=self._work, name="oasis-fake", daemon=True)
@@ -154,17 +158,26 @@ class _Call:
     def _told(self) -> ContainerExit:
         if isinstance(self._answer, ContainerExit):
             return self._answer
+        folders = [mount.source for mount in self._job.mounts if not mount.read_only]
+        if passed := self._passed or measure(folders, self._job.resources).over(self._job.resources):
+            return ContainerExit(reason=passed.reason, exit_code=137, limit_passed=passed.limit)
         return ContainerExit(reason=Reason.EXIT_NONZERO if self._answer else Reason.OK, exit_code=self._answer)
 
     def _log(self, stream: Stream, data: bytes) -> None:
         with self._lock:
             if self._over:
                 raise _Stopped
+            limit = self._job.resources.log_bytes
+            room = len(data) if limit is None else limit - self._logged
+            self._logged += len(data)
             try:
-                self._sink(stream, data)
+                self._sink(stream, data[:room])
             except BaseException as error:
                 self._failure, self._over = error, True
                 raise _Stopped from error
+            if limit is not None and self._logged > limit:
+                self._passed, self._over = Passed(Reason.LOG_TOO_LARGE, limit), True
+                raise _Stopped
 
     def _work(self) -> None:
         try:

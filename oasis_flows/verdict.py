@@ -7,7 +7,7 @@ What an engine, the kernel and the container's last words say is weighed here an
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from .errors import (
@@ -185,17 +185,28 @@ def _meaning(exit: ContainerExit, symptom: Symptom | None) -> tuple[str, Blame |
             advice = "Build the image for this machine's architecture; a script needs a first line such as #!/bin/sh."
             return code, Blame.DESCRIPTION, "could not start, because its program is not made for this machine", advice
         case Reason.OUTPUT_TOO_LARGE:
-            advice = "Raise `max_output_size` in the Algorithm document, or let it write less."
-            return code, Blame.POLICY, f"was stopped because its output is too large {seconds}", advice
+            what = f"wrote more than {_limit(exit, human_bytes)} of output {seconds}"
+            advice = "Raise `max_output_size` in the Algorithm document, or let it write less; files with holes count whole."
+            return code, Blame.POLICY, what, f"{advice} {_NOT_KEPT}"
         case Reason.TOO_MANY_FILES:
-            advice = "Raise `max_output_files` in the Algorithm document, or let it write fewer."
-            return code, Blame.POLICY, f"was stopped because it wrote too many files {seconds}", advice
+            what = f"wrote more than {_limit(exit, str)} files and folders {seconds}"
+            advice = "Raise `max_output_files` in the Algorithm document, or let it write fewer, such as one archive."
+            return code, Blame.POLICY, what, f"{advice} {_NOT_KEPT}"
         case Reason.LOG_TOO_LARGE:
-            advice = "Raise `max_log_size` in the Algorithm document, or let it say less."
-            return code, Blame.POLICY, f"was stopped because its log is too large {seconds}", advice
+            what = f"wrote more than {_limit(exit, human_bytes)} to its log {seconds}"
+            advice = "Raise `max_log_size` in the Algorithm document, or let it say less. Its log ends at the limit."
+            return code, Blame.POLICY, what, advice
         case Reason.DISK_FULL:
-            advice = "Free space there, or set OASIS_FLOWS_HOME to a folder with room."
-            return code, Blame.PLATFORM, f"was stopped because the disk of the workspaces is nearly full {seconds}", advice
+            what = f"was stopped {seconds}, because less than {_limit(exit, human_bytes)} was free on the disk of its output"
+            advice = f"Free space there, or set OASIS_FLOWS_HOME to a folder with room. {_NOT_KEPT}"
+            return code, Blame.PLATFORM, what, advice
+
+
+_NOT_KEPT = "Its files were not kept."
+
+
+def _limit(exit: ContainerExit, words: Callable[[int], str]) -> str:
+    return "its limit" if exit.limit_passed is None else words(exit.limit_passed)
 
 
 def _nonzero(exit: ContainerExit, symptom: Symptom | None, seconds: str) -> tuple[str, Blame, str, str]:

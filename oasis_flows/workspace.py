@@ -53,6 +53,11 @@ class Workspace:
         return self.path / "log.txt"
 
     @property
+    def published_manifest(self) -> Path:
+        """What was published, as `store.publish` wrote it down here."""
+        return self.path / "output.jsonl"
+
+    @property
     def is_resumable(self) -> bool:
         """Is there any file that a retry could go on from?"""
         return any(child.name not in ("lease", "done") for child in self.path.iterdir())
@@ -170,11 +175,11 @@ def _age(path: Path) -> float:
 def _delete(path: Path) -> None:
     """Delete a file, or a folder as far as it can be."""
     if path.is_dir() and not path.is_symlink():
-        try:
+        with suppress(RecursionError):
             shutil.rmtree(path, ignore_errors=True)
-        except RecursionError:
-            # A container may nest folders deeper than Python counts; rm does not count.
-            subprocess.run(["rm", "-rf", "--", path], stderr=subprocess.DEVNULL, check=False)
+        # A container may nest folders deeper than Python counts, and close them to their owner; neither stops these.
+        for program in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]) if path.exists() else ():
+            subprocess.run([*program, "--", path], stderr=subprocess.DEVNULL, check=False)
     else:
         with suppress(OSError):
             path.unlink()

@@ -13,6 +13,8 @@ An engine keeps these promises; `tests/contract` has a test for each number and 
 5. The time-out ends the container with its own reason.
 6. Death by memory says so, with limit and peak, also when only a child process was killed.
 7. What an engine cannot do it refuses before it starts anything.
+8. A container that passes a limit of output, files or log is killed, or has ended, with that reason; so is one during
+   whose run the disk of its output filled up. The log sink gets exactly the first `log_bytes` bytes.
 """
 
 from __future__ import annotations

@@ -1,38 +1,70 @@
-"""The kernel's own account of a container's memory: its cgroup's files, read from outside."""
+"""The kernel's own account of a container: its cgroup's files, read from outside, with nothing in the container.
+
+https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Literal
+
+from .usage import Reading
+
+# The files, and in version 1 the controllers, each of which has a tree of its own. memory.peak exists since Linux 5.19.
+_V1 = {
+    "memory": ("memory", "memory.usage_in_bytes"),
+    "stat": ("memory", "memory.stat"),
+    "peak": ("memory", "memory.max_usage_in_bytes"),
+    "kills": ("memory", "memory.oom_control"),
+    "cpu": ("cpuacct", "cpuacct.usage"),
+    "pids": ("pids", "pids.events"),
+}
+_V2 = {
+    "memory": "memory.current",
+    "stat": "memory.stat",
+    "peak": "memory.peak",
+    "kills": "memory.events",
+    "cpu": "cpu.stat",
+    "pids": "pids.events",
+}
 
 
-class MemoryPeak:
-    """Follows the highest memory use of one container; `bytes` stays `None` while it cannot be read.
+class Cgroup:
+    """The cgroup of one container, by the files that can be read of it."""
 
-    `killed` says that the kernel was seen to kill a process in it for memory. Under load the engine learns of that late
-    or, on cgroup v1, never.
+    def __init__(self, files: Mapping[str, Path], *, version: Literal[1, 2]) -> None:
+        self._files, self._version = files, version
 
-    The kernel keeps the maximum itself, so a sample now and then misses only what comes after the last one.
-    """
+    def read(self) -> Reading:
+        """What the container has used by now; a value that cannot be read, as after its end, is `None`."""
+        memory = self._number("memory")
+        cache = self._number("stat", "total_inactive_file" if self._version == 1 else "inactive_file") or 0
+        nanoseconds = self._number("cpu") if self._version == 1 else _times(1000, self._number("cpu", "usage_usec"))
+        return Reading(
+            cpu_seconds=_times(1e-9, nanoseconds),
+            memory_bytes=None if memory is None else max(0, memory - cache),
+            memory_peak_bytes=self._number("peak"),
+            killed_for_memory=bool(self._number("kills", "oom_kill")),
+            forks_refused=self._number("pids", "max") or 0,
+        )
 
-    def __init__(self, pid: int, container_id: str, *, root: Path = Path("/")) -> None:
-        self.bytes: int | None = None
-        self.killed = False
-        self._file = find_peak_file(pid, container_id, root)
-
-    def sample(self) -> None:
-        """Read the kernel's maximum once. A cgroup that is gone leaves the last value."""
-        if self._file is None:
-            return
-        try:
-            self.bytes = int(self._file.read_text())
-            told = self._file.with_name("memory.oom_control" if "usage" in self._file.name else "memory.events").read_text()
-            self.killed |= any(line.startswith("oom_kill ") and not line.endswith(" 0") for line in told.splitlines())
-        except (OSError, ValueError):
-            return
+    def _number(self, name: str, key: str = "") -> int | None:
+        """A file's only number, or that on the line of `key`."""
+        with suppress(OSError, ValueError, KeyError):
+            text = self._files[name].read_text()
+            if not key:
+                return int(text)
+            for line in text.splitlines():
+                found, _, number = line.partition(" ")
+                if found == key:
+                    return int(number)
+        return None
 
 
-def find_peak_file(pid: int, container_id: str, root: Path = Path("/")) -> Path | None:
-    """The file with the peak of the container whose first process is `pid`; `None` where there is none to be read.
+def find_cgroup(pid: int, container_id: str, root: Path = Path("/")) -> Cgroup | None:
+    """The cgroup of the container whose first process is `pid`; `None` where there is none to be read.
 
     An engine on another machine, or seen from inside a container, counts processes differently: a cgroup that does not
     bear the container's id belongs to somebody else and is not taken.
@@ -41,15 +73,19 @@ def find_peak_file(pid: int, container_id: str, root: Path = Path("/")) -> Path 
         lines = (root / "proc" / str(pid) / "cgroup").read_text().splitlines()
     except OSError:
         return None
+    mounted, paths = root / "sys/fs/cgroup", dict[str, str]()
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if container_id not in path:
-            continue
-        # cgroup v1: https://docs.kernel.org/admin-guide/cgroup-v1/memory.html; v2: memory.peak since Linux 5.19.
-        v1 = root / "sys/fs/cgroup/memory" / path.lstrip("/") / "memory.max_usage_in_bytes"
-        v2 = root / "sys/fs/cgroup" / path.lstrip("/") / "memory.peak"
-        if "memory" in controllers.split(",") and v1.exists():
-            return v1
-        if controllers == "" and v2.exists():
-            return v2
+        if container_id in path:
+            paths |= dict.fromkeys(controllers.split(","), path.lstrip("/"))
+    v1 = {name: mounted / kind / paths[kind] / file for name, (kind, file) in _V1.items() if kind in paths}
+    if "memory" in v1 and v1["memory"].exists():
+        return Cgroup(v1, version=1)
+    v2 = {name: mounted / paths[""] / file for name, file in _V2.items() if "" in paths}
+    if "memory" in v2 and v2["memory"].exists():
+        return Cgroup(v2, version=2)
     return None
+
+
+def _times(factor: float, number: float | None) -> float | None:
+    return None if number is None else factor * number

@@ -90,7 +90,7 @@ class DockerEngine:
             return docker_image.load(api, image.image_file, dict(image.storage_options), spool)
 
     def run(self, job: ContainerJob, log: LogSink) -> ContainerExit:
-        """Run the job to its end and remove its container; see the seam's seven promises.
+        """Run the job to its end and remove its container; see the seam's promises.
 
         A container of the same `run_id` that an earlier process left is taken up: `log` then gets its output from the
         beginning, out of the engine's log (the newest GiB of it). One that was made for another description, or that was

@@ -58,15 +58,26 @@ class Demultiplexer:
 
 
 class Delivery:
-    """Hands bytes to the sink and remembers how many of each stream, and how stderr began."""
+    """Hands bytes to the sink and remembers how many of each stream, and how stderr began.
 
-    def __init__(self, sink: LogSink) -> None:
+    The sink gets the first `limit` bytes of both streams together; `overflowed` says that there were more.
+    """
+
+    def __init__(self, sink: LogSink, limit: int | None = None) -> None:
         self._sink = sink
+        self._left = limit
+        self.overflowed = False
         self.bytes: dict[Stream, int] = {"stdout": 0, "stderr": 0}
         self.stderr_head = b""
 
     def deliver(self, stream: Stream, data: bytes) -> None:
         """One piece of output that the sink has not had."""
+        if self._left is not None:
+            self.overflowed |= len(data) > self._left
+            data = data[: self._left]
+            self._left -= len(data)
+            if not data:
+                return
         self.bytes[stream] += len(data)
         if stream == "stderr" and len(self.stderr_head) < _HEAD_BYTES:
             self.stderr_head += data[: _HEAD_BYTES - len(self.stderr_head)]

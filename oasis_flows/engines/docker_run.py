@@ -15,10 +15,12 @@ from .. import lease
 from ..errors import ContainerLost, EngineError, EngineUnavailable, ImageNotFound, NoGpu, UnsupportedByEngine
 from ..job import ContainerExit, ContainerJob, LogSink, Reason
 from . import docker_spec as spec
-from .cgroup import MemoryPeak
 from .docker_errors import HOW_TO_GET_A_GPU, start_error, translated, words_of
 from .docker_output import Delivery, Pump
+from .docker_usage import UsageWatch
 from .docker_verdict import Evidence, container_exit, parse_time
+from .quota import Passed, Watch
+from .usage import Usage
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -132,9 +134,10 @@ class Supervision:
 
     def __init__(self, api: Any, job: ContainerJob, container: Container, log: LogSink, patience_seconds: float) -> None:
         self._api, self._job, self._container = api, job, container
-        self._delivery = Delivery(log)
+        self._delivery = Delivery(log, job.resources.log_bytes)
         self._patience = patience_seconds
         self._stopped_at_timeout = False
+        self._passed: Passed | None = None
 
     def run(self) -> ContainerExit:
         """Start the container if it is fresh, and stay with it to its end. Whatever is raised, it is being stopped."""
@@ -151,7 +154,8 @@ class Supervision:
                     meaning = start_error(spec.container_name(self._job), words, status=error.status_code)
                     return not_started(self._job, meaning, words, self._container.in_force)
             pump.start()
-            return self._watch(pump)
+            with Watch(self._job) as quota:
+                return self._watch(pump, quota)
         finally:
             if pump.ident is not None and not pump.done.is_set():
                 self._stop(pump)
@@ -166,29 +170,41 @@ class Supervision:
         attached.settimeout(None)
         return attached
 
-    def _watch(self, pump: Pump) -> ContainerExit:
+    def _watch(self, pump: Pump, quota: Watch) -> ContainerExit:
         state = self._api.inspect_container(self._container.id)["State"]
-        peak = MemoryPeak(state.get("Pid") or 0, self._container.id)
+        watch = UsageWatch(self._api, self._container.id, state)
         clock = _Clock(self._job, state)
         pause, renewed = 0.02, 0.0
         while not pump.done.wait(pause):
             pause = min(pause * 1.5, 0.2)
-            peak.sample()
+            watch.sample()
             if time.monotonic() - renewed >= 1.0:
                 renewed = time.monotonic()
                 with contextlib.suppress(FileNotFoundError):
                     lease.renew(self._job.lease)
+            if self._note_passed(quota.passed):
+                clock.stop_now()
             if signal_name := clock.due():
-                self._stopped_at_timeout = True
+                self._stopped_at_timeout |= self._passed is None
                 self._kill(signal_name)
-        return self._verdict(pump, peak)
+        if pump.failure is None and not self._stopped_at_timeout:
+            self._note_passed(quota.at_end())
+        return self._verdict(pump, watch.result())
 
-    def _verdict(self, pump: Pump, peak: MemoryPeak) -> ContainerExit:
+    def _note_passed(self, output: Passed | None) -> bool:
+        """Was a limit of log or output passed that had not been yet? The first one counts."""
+        limit, first = self._job.resources.log_bytes, self._passed is None
+        if first and self._delivery.overflowed and limit is not None:
+            self._passed = Passed(Reason.LOG_TOO_LARGE, limit)
+        self._passed = self._passed or output
+        return first and self._passed is not None
+
+    def _verdict(self, pump: Pump, usage: Usage) -> ContainerExit:
         if pump.failure is not None:
             raise pump.failure
-        state = self._with_late_news(pump.state, peak)
+        state = self._with_late_news(pump.state, usage)
         died = state["ExitCode"] in (137, 143, 255) and not state.get("OOMKilled")
-        if not self._stopped_at_timeout and ((pump.outages and died) or not self._engine_listens()):
+        if not self._stopped_at_timeout and self._passed is None and ((pump.outages and died) or not self._engine_listens()):
             raise ContainerLost(
                 f"The engine went away while {spec.container_name(self._job)} ran, and stopped it (exit code "
                 f"{state['ExitCode']}). Run it again. {state.get('Error', '')}".strip()
@@ -196,20 +212,20 @@ class Supervision:
         evidence = Evidence(
             state=state,
             in_force=self._container.in_force,
-            memory_peak_bytes=peak.bytes,
-            killed_for_memory=peak.killed,
+            usage=usage,
             stopped_at_timeout=self._stopped_at_timeout,
+            passed=self._passed,
             stdout_bytes=self._delivery.bytes["stdout"],
             stderr_bytes=self._delivery.bytes["stderr"],
             stderr_head=self._delivery.stderr_head,
         )
         return container_exit(self._job, evidence)
 
-    def _with_late_news(self, state: Mapping[str, Any], peak: MemoryPeak) -> Mapping[str, Any]:
+    def _with_late_news(self, state: Mapping[str, Any], usage: Usage) -> Mapping[str, Any]:
         """The state, waited for a little where memory ran out and the engine may only learn of a kill now."""
-        near = (peak.bytes or 0) >= 0.9 * self._job.resources.memory_bytes
+        near = (usage.memory_peak_bytes or 0) >= 0.9 * self._job.resources.memory_bytes
         until = time.monotonic() + 0.5
-        while near and not peak.killed and not state.get("OOMKilled") and time.monotonic() < until:
+        while near and not usage.killed_for_memory and not state.get("OOMKilled") and time.monotonic() < until:
             time.sleep(0.05)
             try:
                 with translated("asking for the state of a container"):
@@ -251,7 +267,7 @@ class Supervision:
 
 
 class _Clock:
-    """Says which signal is due, each once: SIGTERM at the time limit, SIGKILL a grace later."""
+    """Says which signal is due: SIGTERM at the time limit, SIGKILL a grace later; SIGKILL at once after `stop_now`."""
 
     def __init__(self, job: ContainerJob, state: Mapping[str, Any]) -> None:
         started = parse_time(state.get("StartedAt", ""))
@@ -262,6 +278,12 @@ class _Clock:
         if job.timeout_seconds is not None:
             end = time.monotonic() + job.timeout_seconds - max(passed, 0.0)
             self._next = [(end, "SIGTERM"), (end + self._grace, "SIGKILL"), (end + self._grace + _SECONDS_TO_DIE, "")]
+
+    def stop_now(self) -> None:
+        """From now on it has to die: what passed a limit would go on passing it in its grace."""
+        now = time.monotonic()
+        # Again and again, for the engine may be away for a moment.
+        self._next = [*((now + after, "SIGKILL") for after in (0, 1, 5, 20)), (now + _SECONDS_TO_DIE, "")]
 
     def due(self) -> str:
         """The signal to send now, or nothing."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import re
 import shutil
 from collections.abc import Mapping
@@ -84,12 +85,15 @@ def create_body(job: ContainerJob, info: Mapping[str, Any], image: Mapping[str, 
             PACKAGE: PACKAGE_NAME,
             JOB: job_digest(job),
         },
-        "HostConfig": _host_config(job, info),
+        "HostConfig": _host_config(job, info, image),
     }
 
 
-def _host_config(job: ContainerJob, info: Mapping[str, Any]) -> dict[str, Any]:
+def _host_config(job: ContainerJob, info: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, Any]:
     resources, sandbox = job.resources, job.sandbox
+    # The engine gives each VOLUME of an image a folder on its own disk: writable under a read-only root, and without limit.
+    volumes = () if sandbox.writable_root else (image.get("Config") or {}).get("Volumes") or ()
+    in_memory = {"/tmp", *map(posixpath.normpath, volumes)} - {m.target for m in job.mounts}  # noqa: S108
     tmp = "rw,exec,nosuid,nodev,mode=1777" + (f",size={resources.tmp_bytes}" if resources.tmp_bytes else "")
     config: dict[str, Any] = {
         "NetworkMode": "bridge" if sandbox.network else "none",
@@ -97,7 +101,7 @@ def _host_config(job: ContainerJob, info: Mapping[str, Any]) -> dict[str, Any]:
         "CapAdd": list(sandbox.capabilities),
         "SecurityOpt": [] if sandbox.new_privileges else ["no-new-privileges"],
         "ReadonlyRootfs": not sandbox.writable_root,
-        "Tmpfs": {} if any(m.target == "/tmp" for m in job.mounts) else {"/tmp": tmp},  # noqa: S108
+        "Tmpfs": dict.fromkeys(sorted(in_memory), tmp),
         "PidsLimit": resources.pids,
         "Memory": resources.memory_bytes,
         "NanoCpus": round(resources.cpus * 1e9),
@@ -203,6 +207,7 @@ def in_force(container: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str,
         "cgroup_parent": host.get("CgroupParent") or "",
         "log_driver": (host.get("LogConfig") or {}).get("Type"),
         "mounts": sorted(mounts, key=lambda m: str(m["target"])),
+        "volumes": sorted(m["Destination"] for m in container.get("Mounts") or () if m.get("Type") == "volume" and m["RW"]),
     }
 
 
@@ -219,7 +224,7 @@ def looser_than_asked(job: ContainerJob, force: Mapping[str, Any], info: Mapping
         "capabilities": added <= asked and ("ALL" in dropped or dropped | asked >= _DEFAULT_CAPABILITIES),
         "no-new-privileges": sandbox.new_privileges
         or any(o.startswith("no-new-privileges") for o in force["security_options"]),
-        "read-only root": sandbox.writable_root or force["read_only_root"],
+        "read-only root": sandbox.writable_root or (force["read_only_root"] and not force["volumes"]),
         "memory": force["memory_bytes"] == resources.memory_bytes and not force["oom_kill_disabled"],
         "swap": not info.get("SwapLimit") or force["memory_and_swap_bytes"] == resources.memory_bytes,
         "pids": force["pids"] == resources.pids,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from ..job import ContainerExit, ContainerJob, Reason
 from .docker_errors import init_failure
+from .quota import Passed
+from .usage import Usage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,9 +21,9 @@ class Evidence:
 
     state: Mapping[str, Any]
     in_force: Mapping[str, object]
-    memory_peak_bytes: int | None = None
-    killed_for_memory: bool = False
+    usage: Usage = field(default_factory=Usage)
     stopped_at_timeout: bool = False
+    passed: Passed | None = None
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     stderr_head: bytes = b""
@@ -31,11 +33,12 @@ def container_exit(job: ContainerJob, evidence: Evidence) -> ContainerExit:
     """How a container ended that did end.
 
     Memory comes first: with a killed child even an exit code of 0 says nothing about the output. The kernel kills only
-    when the limit is reached, so then the peak is the limit at least, whatever the last sample was.
+    when the limit is reached, so then the peak is the limit at least, whatever the last sample was. An output or a log that
+    passed its limit comes before any exit code.
     """
     state, limit = evidence.state, job.resources.memory_bytes
     reason, detail = _reason(evidence)
-    peak = evidence.memory_peak_bytes
+    peak = evidence.usage.memory_peak_bytes
     return ContainerExit(
         reason=reason,
         exit_code=int(state["ExitCode"]),
@@ -43,7 +46,11 @@ def container_exit(job: ContainerJob, evidence: Evidence) -> ContainerExit:
         finished_at=parse_time(state.get("FinishedAt", "")),
         memory_limit_bytes=limit,
         memory_peak_bytes=max(peak or 0, limit) if reason is Reason.OUT_OF_MEMORY else peak,
+        cpu_seconds=evidence.usage.cpu_seconds,
+        forks_refused=evidence.usage.forks_refused,
+        usage=evidence.usage.samples(),
         timeout_seconds=job.timeout_seconds,
+        limit_passed=evidence.passed.limit if evidence.passed and reason is evidence.passed.reason else None,
         in_force=evidence.in_force,
         detail=" ".join(part for part in (detail, str(state.get("Error") or "")) if part),
     )
@@ -52,10 +59,12 @@ def container_exit(job: ContainerJob, evidence: Evidence) -> ContainerExit:
 def _reason(evidence: Evidence) -> tuple[Reason, str]:
     state = evidence.state
     code = int(state["ExitCode"])
-    if state.get("OOMKilled") or evidence.killed_for_memory:
+    if state.get("OOMKilled") or evidence.usage.killed_for_memory:
         return Reason.OUT_OF_MEMORY, "" if code == 137 else "a process inside was killed for memory"
     if evidence.stopped_at_timeout:
         return Reason.TIMED_OUT, ""
+    if evidence.passed:
+        return evidence.passed.reason, ""
     if code == 0:
         return Reason.OK, ""
     if code == 137:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, cast
 from prefect import runtime
 from prefect.blocks.core import Block
 from prefect.logging import get_run_logger
+from prefect.utilities.urls import url_for
 from pydantic import WithJsonSchema, WrapValidator
 
 from .. import documents, settings
@@ -115,6 +116,7 @@ def _publish(account: Account, workspace: Workspace, verdict: Verdict) -> Datase
         # The algorithm's failure is what its owner has to know; that nothing of it could be kept comes second.
         get_run_logger().error("The output of the failed algorithm could not be published: %s", error)
         log = str(workspace.log)
+    account.document_url = url_for(dataset) if dataset else None
     if dataset is None:
         raise failure(verdict, exit, log)
     return dataset

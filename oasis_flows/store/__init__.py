@@ -1,7 +1,7 @@
 """The dataset verbs: everything that the rest of the package asks of a store.
 
 `published` and `scan` look, `stage` and `fetch_to` bring here, `publish` brings there, `check_writable` tries it first,
-`read_file` reads a log or a record. All of them take a `Location` and raise this package's errors only. Each stops at
+`read_file` reads a log or a record, `read_manifest` the list of what was published. All of them take a `Location` and raise this package's errors only. Each stops at
 once when an exception reaches the calling thread, and none of its threads is alive when it returns.
 """
 
@@ -10,22 +10,24 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 
-from .dataset import LOG, MANIFEST, RECORD, Published, published, scan
+from .dataset import LOG, MANIFEST, RECORD, Published, published, read_manifest, scan
 from .publishing import publish
 from .staging import fetch_to, stage
-from .transfer import Location, files
+from .transfer import Location, Progress, files
 
 __all__ = [
     "LOG",
     "MANIFEST",
     "RECORD",
     "Location",
+    "Progress",
     "Published",
     "check_writable",
     "fetch_to",
     "publish",
     "published",
     "read_file",
+    "read_manifest",
     "scan",
     "stage",
 ]

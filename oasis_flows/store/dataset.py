@@ -175,6 +175,14 @@ def hashed(root: Path, meter: Meter, found: Iterable[Found] | None = None) -> It
             yield each
 
 
+def totals(found: Iterable[Found | Entry]) -> tuple[int, int]:
+    """How many files there are, and their bytes."""
+    count = size = 0
+    for file in found:
+        count, size = count + 1, size + file.bytes
+    return count, size
+
+
 def require_folder(root: Path) -> None:
     """Return if it is a folder.
 

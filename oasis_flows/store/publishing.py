@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import DatasetError, UnsafeName
 from ..manifest import Entry, Summary, check_name, checked
-from .dataset import DATA, LOG, MANIFEST, MARKER, RECORD, Reading, paired, read_manifest, write_manifest
+from .dataset import DATA, LOG, MANIFEST, MARKER, RECORD, Reading, paired, read_manifest, totals, write_manifest
 from .folder import Folder, Found, chunks_of, opened, walk
 from .transfer import Files, Location, Meter, Progress, files, in_order
 from .verdicts import Missing
@@ -48,7 +48,7 @@ def publish(
         UnsafeName: with `commit`: a name, a link or a special file that cannot be carried.
         StoreDenied, StoreFull, StoreUnavailable: the store refuses, has no room, or does not answer.
     """
-    meter = Meter(progress, _count(output) if commit else None)
+    meter = Meter(progress, *totals(_checked(output) if commit else _carriable(output)))
     store, manifest = files(location), workspace / "output.jsonl"
     store.delete([MANIFEST])
     store.write(RECORD, [PROVISIONAL], len(PROVISIONAL), last=True)
@@ -87,12 +87,12 @@ def _abandon(store: Files) -> None:
             raise
 
 
-def _count(output: Path) -> int:
-    """How many files there are, all of which can be carried."""
-    return sum(1 for _ in checked(Entry(found.name, found.bytes) for found in walk(output)))
+def _checked(output: Path) -> Iterator[Entry]:
+    """What there is, all of which can be carried."""
+    return checked(Entry(found.name, found.bytes) for found in walk(output))
 
 
-def _carriable(output: Path, skipped: Callable[[str], None]) -> Iterator[Found]:
+def _carriable(output: Path, skipped: Callable[[str], None] = lambda _: None) -> Iterator[Found]:
     for found in walk(output, skipped):
         try:
             check_name(found.name)

@@ -13,7 +13,19 @@ from pathlib import Path
 from ..errors import ChecksumMismatch, DatasetError, StoreFull
 from ..job import human_bytes
 from ..manifest import Entry, Summary, checked
-from .dataset import DATA, Published, Reading, hashed, listed, paired, published, read_manifest, require_folder, write_manifest
+from .dataset import (
+    DATA,
+    Published,
+    Reading,
+    hashed,
+    listed,
+    paired,
+    published,
+    read_manifest,
+    require_folder,
+    totals,
+    write_manifest,
+)
 from .folder import Folder, walk
 from .journal import Journal
 from .transfer import Files, Location, Meter, Progress, checkpoint, files, in_order, translated
@@ -67,9 +79,9 @@ def fetch_to(location: Location, directory: Path, *, progress: Progress | None =
 
 
 def _in_place(root: Path, known: Published | None, manifest: Path, progress: Progress | None) -> Summary:
-    meter = Meter(progress)
     if known is None:
         require_folder(root)
+    meter = Meter(progress, *totals(walk(root))) if progress and root.exists() else Meter(None)
     entries = checked(hashed(root, meter)) if root.exists() else iter(())
     if known is not None:
         entries = _compared(entries, known.entries(), root)
@@ -121,7 +133,7 @@ class _Fetch:
         _require_files(total, self.location.url)
         self._prepare(listing, parts)
         self._require_room(total.size_bytes - sum(entry.bytes for entry in journal.entries()))
-        meter = Meter(self.progress, total.file_count)
+        meter = Meter(self.progress, total.file_count, total.size_bytes)
         one = _FetchOne(files(self.location), DATA if self.known else "", self.into, parts, meter)
         todo = self._compared_with(listing, journal)
         with journal.appending() as note, closing(in_order(one, todo, tick=meter.tick)) as fetched:
@@ -166,6 +178,8 @@ def _noted(fetched: Iterable[tuple[Entry, bool]], note: Callable[[Entry], None],
     for entry, is_new in fetched:
         if is_new:
             note(entry)
+        else:
+            meter.add(entry.bytes)
         meter.file_done()
         yield replace(entry, etag=None)
 

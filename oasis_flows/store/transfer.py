@@ -33,7 +33,11 @@ WORKERS = 16
 WINDOW = 64
 CHUNK_BYTES = 1 << 20
 
-Progress = Callable[[int, int | None, int], None]
+
+class Progress(Protocol):
+    """Is told, a few times a second, how many files and bytes are done and how many there are in all, and at the end."""
+
+    def __call__(self, files: int, all_files: int, bytes: int, all_bytes: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,8 +293,8 @@ def _first(pending: deque[Future[R]], tick: Callable[[], None]) -> R:
 class Meter:
     """Counts what moves, from any thread, and tells `progress` from the caller's, five times a second at most."""
 
-    def __init__(self, progress: Progress | None, total: int | None = None) -> None:
-        self._progress, self.total = progress, total
+    def __init__(self, progress: Progress | None, all_files: int = 0, all_bytes: int = 0) -> None:
+        self._progress, self._all_files, self._all_bytes = progress, all_files, all_bytes
         self._lock = threading.Lock()
         self._files = self._bytes = 0
         self._told = 0.0
@@ -308,4 +312,4 @@ class Meter:
         """Tell `progress`, if it is time (or the end)."""
         if self._progress is not None and (last or time.monotonic() - self._told >= 0.2):
             self._told = time.monotonic()
-            self._progress(self._files, self.total, self._bytes)
+            self._progress(self._files, self._all_files, self._bytes, self._all_bytes)

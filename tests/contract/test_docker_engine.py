@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import signal
 import socket
 import subprocess
@@ -11,14 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import docker
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from oasis_flows import lease
-from oasis_flows.engines import docker_spec
+from oasis_flows.engines import docker_run, docker_spec
 from oasis_flows.engines.docker import DockerEngine
 from oasis_flows.errors import (
     ContainerLost,
@@ -115,8 +117,10 @@ class TestSandbox:
         assert rest[0] == "written"
 
     def test_pids_are_limited(self, sh: Sh) -> None:
-        ended, log = sh("i=0; while [ $i -lt 60 ]; do sleep 5 & i=$((i+1)); done", resources=Resources(pids=20))
+        script = "i=0; while [ $i -lt 60 ]; do sleep 5 & i=$((i+1)); done"
+        ended, log = sh(f"({script}); sleep 0.5; exit 1", resources=Resources(pids=20))
         assert b"fork" in log.text("stderr")
+        assert ended.forks_refused > 0
         assert ended.reason is Reason.EXIT_NONZERO
 
     def test_environment_is_the_images_and_the_jobs(self, sh: Sh) -> None:
@@ -224,11 +228,47 @@ class TestDeaths:
         remover.join()
 
 
+# Works for two seconds by the clock, whatever share of a processor it gets.
+WORK = "i=0; end=$(($(date +%s) + 3)); while [ $(date +%s) -lt $end ]; do while [ $((i += 1)) -le 9999 ]; do :; done; i=0; done"
+STEPS = "head -c 20000000 /dev/zero > /tmp/a; sleep 0.8; head -c 20000000 /dev/zero > /tmp/b; sleep 0.8; rm /tmp/a; sleep 0.8"
+
+
+class TestUsage:
+    def test_processors(self, sh: Sh) -> None:
+        # The shell's own account of its time, in minutes and seconds: user and system, of itself and its children.
+        ended, log = sh(f"{WORK}; times; sleep 0.5", resources=Resources(cpus=0.5))
+        its_own = sum(int(m) * 60 + float(s) for m, s in re.findall(r"(\d+)m([\d.]+)s", log.text("stdout").decode()))
+        assert ended.cpu_seconds == pytest.approx(its_own, rel=0.1, abs=0.1)
+        assert ended.cpu_seconds / ended.usage[-1].seconds < 0.62
+        times = [0.0, *(sample.seconds for sample in ended.usage)]
+        drawn = sum(sample.cpus * (now - before) for sample, before, now in zip(ended.usage, times, times[1:], strict=False))
+        assert drawn == pytest.approx(its_own, rel=0.15, abs=0.15)
+
+    def test_memory(self, sh: Sh) -> None:
+        ended, _ = sh(STEPS, resources=Resources(memory_bytes=256 * MIB))
+        rounded = [round(sample.memory_bytes / 20e6) for sample in ended.usage]
+        assert sorted(set(rounded)) in ([1, 2], [0, 1, 2])
+        assert (rounded[len(rounded) // 2], rounded[-1]) == (2, 1)
+        assert 0 <= ended.seconds - ended.usage[-1].seconds < 0.5
+
+    def test_seen_by_the_engine_alone(self, make_job: Make, docker_api: Any, tmp_path: Path) -> None:
+        # In another namespace of processes, as in a worker that runs in a container, no cgroup can be told to be the container's.
+        job = make_job("sh", "-c", f"echo begun; {STEPS}; {STEPS}", own=False)
+        command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", OWNER]
+        done = subprocess.run([*command, *arguments(job, tmp_path / "log")], capture_output=True, check=True, timeout=30)
+        ended = ContainerExit.from_json(json.loads(done.stdout))
+        assert ended.reason is Reason.OK
+        assert 3 <= len(ended.usage) <= 6
+        assert max(sample.memory_bytes for sample in ended.usage) > 39e6
+        assert ended.cpu_seconds is not None
+        assert 0.01 < ended.cpu_seconds < 5
+        assert not containers_of(docker_api, job.run_id)
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "error"),
         [
-            ({"resources": Resources(gpus="all")}, NoGpu),
             ({"resources": Resources(cpus=10_000)}, UnsupportedByEngine),
             ({"user": "nosuchuser"}, DescriptionError),
             ({"sandbox": Sandbox(capabilities=("NOSUCH",))}, DescriptionError),
@@ -244,6 +284,20 @@ class TestRefusals:
             docker_engine.run(make_job("echo", "started", **changes), log)
         assert type(caught.value) is error
         assert not log.pieces
+
+    @pytest.mark.parametrize(("gpus", "count"), [(2, 2), ("all", -1)])
+    def test_gpus_are_asked_of_an_engine_that_has_none(
+        self, docker_engine: DockerEngine, docker_api: Any, make_job: Make, gpus: int | Literal["all"], count: int
+    ) -> None:
+        job, log = make_job("echo", "started", resources=Resources(gpus=gpus)), Log()
+        made = docker_run.create_container(docker_api, job, docker_api.info())
+        assert isinstance(made, docker_run.Container)
+        force: Any = made.in_force["gpus"]
+        assert [(asked["Count"], asked["Capabilities"]) for asked in force] == [(count, [["gpu"]])]
+        with pytest.raises(NoGpu, match=r"could not select device driver .* with capabilities: \[\[gpu\]\]"):
+            docker_engine.run(job, log)
+        assert not log.pieces
+        assert containers_of(docker_api, job.run_id) == []
 
     def test_no_engine(self, make_job: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
@@ -289,7 +343,7 @@ def until_running(api: Any, job: ContainerJob) -> None:
 
 
 OWNER = """
-import signal, sys
+import json, signal, sys
 from pathlib import Path
 from oasis_flows import lease
 from oasis_flows.engines.docker import DockerEngine
@@ -306,16 +360,20 @@ run_id, image, path, script, out, grace = sys.argv[1:]
 command = ("sh", "-c", script)
 with lease.hold(Path(path)), open(out, "wb", buffering=0) as log:
     job = ContainerJob(run_id=run_id, image=image, lease=Path(path), command=command, stop_grace_seconds=float(grace))
-    DockerEngine().run(job, lambda stream, data: log.write(data))
+    print(json.dumps(DockerEngine().run(job, lambda stream, data: log.write(data)).to_json()))
 """
+
+
+def arguments(job: ContainerJob, out: Path) -> list[str]:
+    """What `OWNER` wants to know."""
+    assert job.command is not None
+    return [job.run_id, job.image, str(job.lease), job.command[2], str(out), str(job.stop_grace_seconds)]
 
 
 @contextlib.contextmanager
 def owner(job: ContainerJob, out: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Another process that runs the job; returns once its container has said something."""
-    assert job.command is not None
-    arguments = [job.run_id, job.image, str(job.lease), job.command[2], str(out), str(job.stop_grace_seconds)]
-    process = subprocess.Popen([sys.executable, "-c", OWNER, *arguments], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", OWNER, *arguments(job, out)], start_new_session=True)
     try:
         eventually(lambda: out.exists() and out.stat().st_size)
         yield process

@@ -1,4 +1,4 @@
-"""The seven promises of `oasis_flows.engines`, one class, a test or more per number, over every engine."""
+"""The promises of `oasis_flows.engines`, one class, a test or more per number, over every engine."""
 
 from __future__ import annotations
 
@@ -61,6 +61,24 @@ def sleep(job: ContainerJob, log: LogSink) -> int:
 HELLO = Program("echo DATA > output/hello.txt && echo HI", write_output)
 FAIL = Program("echo bad >&2; exit 7", say(("stderr", b"bad\n"), code=7))
 BOTH = Program("echo out; echo err >&2; printf end", say(("stdout", b"out\n"), ("stderr", b"err\n"), ("stdout", b"end")))
+
+
+def flood(job: ContainerJob, log: LogSink) -> int:
+    while True:
+        log("stdout", b"0123456789abcde\n")
+
+
+def write_files(count: int, size: int) -> Callable[[ContainerJob, LogSink], int]:
+    def algorithm(job: ContainerJob, log: LogSink) -> int:
+        for number in range(count):
+            host_path(job, f"/work/output/{number}").write_bytes(b"x" * size)
+        return 0
+
+    return algorithm
+
+
+FLOOD = Program("yes 0123456789abcde", flood)
+LARGE = Program("i=0; while [ $i -lt 3 ]; do head -c 1000 /dev/zero > output/$i; i=$((i+1)); done", write_files(3, 1000))
 SLEEP = Program("echo begun; sleep 20", sleep)
 NOTHING = Program("true", say())
 
@@ -130,6 +148,41 @@ class TestPromises:
     def test_7_no_gpu_is_refused(self, start: Callable[..., ContainerExit]) -> None:
         with pytest.raises(NoGpu):
             start(NOTHING, Log(), resources=Resources(gpus=1))
+
+    @pytest.mark.parametrize("limit", [100_000, 0])
+    def test_8_the_log_ends_exactly_at_its_limit(self, start: Callable[..., ContainerExit], limit: int) -> None:
+        log = Log()
+        began = time.monotonic()
+        ended = start(FLOOD, log, resources=Resources(log_bytes=limit))
+        assert (ended.reason, ended.limit_passed) == (Reason.LOG_TOO_LARGE, limit)
+        assert log.text("stdout") == (b"0123456789abcde\n" * (limit // 16 + 1))[:limit]
+        assert time.monotonic() - began < 10
+
+    def test_8_a_log_as_long_as_its_limit_is_none_too_large(self, start: Callable[..., ContainerExit]) -> None:
+        log = Log()
+        assert start(BOTH, log, resources=Resources(log_bytes=11)).reason is Reason.OK
+        assert start(BOTH, log, resources=Resources(log_bytes=10)).reason is Reason.LOG_TOO_LARGE
+
+    @pytest.mark.parametrize(
+        ("limits", "reason", "passed"),
+        [
+            ({"output_bytes": 3000, "output_files": 3}, Reason.OK, None),
+            ({"output_bytes": 2999}, Reason.OUTPUT_TOO_LARGE, 2999),
+            ({"output_files": 2}, Reason.TOO_MANY_FILES, 2),
+        ],
+    )
+    def test_8_also_who_ends_with_success_is_held_to_the_limits(
+        self,
+        start: Callable[..., ContainerExit],
+        tmp_path: Any,
+        limits: dict[str, int],
+        reason: Reason,
+        passed: int | None,
+    ) -> None:
+        (tmp_path / "output").mkdir()
+        mounts = (Mount(source=tmp_path / "output", target="/work/output", read_only=False),)
+        ended = start(LARGE, Log(), mounts=mounts, resources=Resources(**limits))  # type: ignore[arg-type]
+        assert (ended.reason, ended.limit_passed) == (reason, passed)
 
     def test_many_at_once(self, start: Callable[..., ContainerExit]) -> None:
         ends: list[ContainerExit] = []

@@ -286,11 +286,13 @@ def test_a_copy_is_made_into_an_empty_folder_only(place: Location, publish: Call
 
 
 def test_progress_ends_at_the_whole(place: Location, publish: Callable[..., Summary], tmp_path: Path) -> None:
-    told: list[tuple[int, int | None, int]] = []
+    told: list[tuple[int, ...]] = []
     publish(place, {"a": b"12", "b": b"3"}, progress=lambda *seen: told.append(seen))
-    assert told[-1] == (2, 2, 3)
+    assert told[-1] == (2, 2, 3, 3)
     store.fetch_to(place, tmp_path / "copy", progress=lambda *seen: told.append(seen))
-    assert told[-1] == (2, 2, 3)
+    assert told[-1] == (2, 2, 3, 3)
+    store.stage(place, tmp_path, progress=lambda *seen: told.append(seen))
+    assert told[-1] == (2, 2, 3, 3)
 
 
 # --- what an output must not hold

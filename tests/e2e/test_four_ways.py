@@ -4,6 +4,8 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
 REFERENCES = {
     "algorithm": {"$ref": {"block_document_slug": "algorithm/co2-report"}},
     "input_dataset": {"$ref": {"block_document_slug": "dataset/co2-weekly"}},
@@ -30,16 +32,6 @@ def assert_published(run, server):
     assert not (server.home / "workspaces" / run["id"]).exists()
 
 
-def test_by_a_command(deployed, worker):
-    parameters = [text for name, value in REFERENCES.items() for text in ("-p", f"{name}={json.dumps(value)}")]
-    deployed.run("prefect", "deployment", "run", "algorithm-task/algorithm-task", *parameters, "--watch")
-    run = deployed.api("/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})[0]
-
-    assert_published(deployed.wait_for(run["id"], "COMPLETED"), deployed)
-    assert run["name"] == "co2-report on co2-weekly"
-    assert set(run["tags"]) >= {"oasis-flows", "algorithm:co2-report", "dataset:co2-weekly"}
-
-
 RECURRING = """
 pull: null
 deployments:
@@ -53,21 +45,26 @@ deployments:
 """
 
 
-def test_by_a_schedule(deployed, worker, tmp_path):
+@pytest.fixture(scope="module", autouse=True)
+def hourly(deployed, worker, tmp_path_factory):
+    """A deployment whose time comes while the other ways are gone; returns its id."""
     soon = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(time.time() - 3600 + 20))
-    (tmp_path / "hourly.yaml").write_text(RECURRING.format(parameters=json.dumps(REFERENCES), anchor=soon))
-    deployed.run("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(tmp_path / "hourly.yaml"))
-    deployment = deployed.api("/deployments/name/algorithm-task/hourly")
-    wanted = {"deployments": {"id": {"any_": [deployment["id"]]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 1}
-    deadline = time.monotonic() + 60
-    while not (runs := deployed.api("/flow_runs/filter", wanted)):
-        assert time.monotonic() < deadline, "the schedule made no run"
-        time.sleep(0.5)
-    run = deployed.wait_for(runs[0]["id"], "COMPLETED")
+    file = tmp_path_factory.mktemp("schedule") / "hourly.yaml"
+    file.write_text(RECURRING.format(parameters=json.dumps(REFERENCES), anchor=soon))
+    deployed.run("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file))
+    yield deployed.api("/deployments/name/algorithm-task/hourly")["id"]
     deployed.run("prefect", "deployment", "delete", "algorithm-task/hourly")
 
-    assert run["auto_scheduled"]
-    assert_published(run, deployed)
+
+def test_by_a_command(deployed, worker):
+    parameters = [text for name, value in REFERENCES.items() for text in ("-p", f"{name}={json.dumps(value)}")]
+    deployed.run("prefect", "deployment", "run", "algorithm-task/algorithm-task", *parameters, "--watch")
+    wanted = {"deployments": {"name": {"any_": ["algorithm-task"]}}, "sort": "EXPECTED_START_TIME_DESC", "limit": 1}
+    run = deployed.api("/flow_runs/filter", wanted)[0]
+
+    assert_published(deployed.wait_for(run["id"], "COMPLETED"), deployed)
+    assert run["name"] == "co2-report on co2-weekly"
+    assert set(run["tags"]) >= {"oasis-flows", "algorithm:co2-report", "dataset:co2-weekly"}
 
 
 def test_by_a_python_call_without_any_server(deployed, tmp_path):
@@ -96,3 +93,15 @@ def test_by_the_command_line(deployed):
     assert facts["dataset"] == "by-hand"
     assert facts["log_tail"][-1].startswith("wrote summary.csv")
     assert_published(deployed.api(f"/flow_runs/{facts['flow_run_id']}"), deployed)
+
+
+def test_by_a_schedule(deployed, hourly):
+    wanted = {"deployments": {"id": {"any_": [hourly]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 1}
+    deadline = time.monotonic() + 60
+    while not (runs := deployed.api("/flow_runs/filter", wanted)):
+        assert time.monotonic() < deadline, "the schedule made no run"
+        time.sleep(0.5)
+    run = deployed.wait_for(runs[0]["id"], "COMPLETED")
+
+    assert run["auto_scheduled"]
+    assert_published(run, deployed)

@@ -1,24 +1,27 @@
 """The main job with real containers and a real Prefect server: the cases of RD-OASIS, and what files and words can be."""
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from prefect.blocks.system import Secret
 
-from oasis_flows import documents, store
+from oasis_flows import documents, store, tasks
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
+from oasis_flows.engines import docker_spec
 from oasis_flows.errors import AlgorithmFailed, DescriptionError, StoreUnavailable, UnsafeName
 from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.plan import location
 from oasis_flows.running import open_log
 from oasis_flows.settings import current
 from tests.images import TinyImage, busybox_layer, docker_archive, oci_archive
-from tests.servers.engine import containers_of
+from tests.servers.engine import containers_of, eventually
 from tests.servers.faultproxy import Faults, between
+from tests.servers.prefect import HOME
 
 SECRET = "correct horse battery staple"
 
@@ -311,28 +314,37 @@ def test_an_output_that_cannot_be_carried_is_refused_and_everything_else_kept(ra
     assert documents.find(Dataset, done.record["output"]["name"]) is None
 
 
-def test_a_secret_reaches_the_container_and_nothing_that_is_kept(ran, image, prefect_server):
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_secret_reaches_the_container_and_nothing_that_is_kept(ran, image, prefect_server, docker_api, here, code):
     Secret(value=SECRET).save("golden-hush", overwrite=True)
-    script = 'echo "got $TOKEN"; echo "$TOKEN" >&2; test "$TOKEN" = "correct horse battery staple"'
-    done = ran(
-        Algorithm(
-            docker_image=image,
-            command=["sh", "-c", script.replace(SECRET, "{like}")],
-            parameters={"like": "no"},
-            secret_environment={"TOKEN": "golden-hush"},
-        )
+    digest = hashlib.sha256(SECRET.encode()).hexdigest()
+    script = (
+        'echo "got $TOKEN"; echo "$TOKEN" >&2; sleep 1; echo fine > output/file;'
+        f'printf %s "$TOKEN" | sha256sum | grep -q {digest} && exit {code}'
     )
+    rows = []
+    looking = threading.Thread(
+        target=lambda: eventually(lambda: rows.extend(docker_api.containers(filters={"ancestor": image.image_id})) or rows, 60)
+    )
+    looking.start()
+    done = ran(Algorithm(docker_image=image, command=["sh", "-c", script], secret_environment={"TOKEN": "golden-hush"}))
+    looking.join()
     artifacts = prefect_server.api("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [done.id]}}})
     logs = prefect_server.api("/logs/filter", {"logs": {"flow_run_id": {"any_": [done.id]}}})
 
+    assert done.record["exit"]["exit_code"] == code
     assert sorted(done.log.splitlines()) == [b"***", b"got ***"]
     assert done.record["secret_environment"] == {"TOKEN": "golden-hush"}
-    everything: Iterable[str] = [
-        *(path.read_text() for path in done.folder.rglob("*") if path.is_file()),
-        json.dumps([artifacts, logs, done.run]),
-        str(done.result),
-    ]
-    assert [text for text in everything if SECRET in text] == []
+    assert rows[0]["Labels"][docker_spec.RUN_ID] == done.id
+    kept = [path for root in (done.folder, here, HOME) for path in root.rglob("*") if path.is_file()]
+    assert {path.name for path in kept} >= {"log.txt", "task.json", "prefect.db"}
+    everything = {
+        **{str(path): path.read_bytes() for path in kept},
+        "server": json.dumps([artifacts, logs, done.run]).encode(),
+        "exception": repr(done.result).encode(),
+        "engine": json.dumps([rows, docker_api.history(image.image_id), docker_api.inspect_image(image.image_id)]).encode(),
+    }
+    assert [name for name, content in everything.items() if SECRET.encode() in content] == []
 
 
 def test_a_word_as_long_as_the_kernel_takes_arrives(ran, image):
@@ -435,7 +447,8 @@ def test_a_failed_algorithm_leaves_its_log_and_output_on_s3_and_no_manifest(ran,
     assert b"".join(open_log(done.id, current()).read()) == b"alas\n"
 
 
-def test_a_store_that_does_not_answer_is_refused_before_any_container(ran, s3, image, bucket):
+def test_a_store_that_does_not_answer_is_refused_before_any_container(ran, s3, image, bucket, monkeypatch):
+    monkeypatch.setattr(tasks.stage_input, "retry_delay_seconds", [0.0] * tasks.stage_input.retries)
     with between(int(s3.endpoint.rpartition(":")[2])) as proxy:
         proxy.set(Faults(refuse=True))
         away = DatasetStore.load(f"store-{bucket}").model_copy(update={"endpoint_url": f"http://127.0.0.1:{proxy.port}"})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect, sync_playwright
 
-from oasis_flows import Algorithm
+from oasis_flows import Algorithm, DockerImage, algorithm_task
 from tests.servers.prefect import PrefectServer
 
 CHROMIUM = "/usr/bin/chromium"
@@ -163,6 +163,35 @@ def test_a_person_runs_an_algorithm_in_the_browser(deployed: PrefectServer, work
     run = deployed.api(f"/flow_runs/{run_id}")
     assert run["state_type"] == "COMPLETED"
     assert run["parameters"]["parameters"] == {"threshold": 2.0}
+
+
+@pytest.mark.parametrize("ui", [pytest.param("", id="v1"), pytest.param("/v2", id="v2")])
+def test_a_person_sees_what_a_run_used_and_wrote(deployed: PrefectServer, page: Page, here: Path, ui: str) -> None:
+    script = "co2-report --threshold 1; head -c 30000000 /dev/zero > /tmp/x; sleep 1; rm /tmp/x; sleep 1"
+    state = algorithm_task(
+        Algorithm(docker_image=DockerImage(image_id="oasis-flows/co2-report:1"), command=["sh", "-c", script]),
+        "co2-weekly",
+        return_state=True,
+    )
+    wanted = {"artifacts": {"flow_run_id": {"any_": [str(state.state_details.flow_run_id)]}}}
+    artifacts = {found["key"]: found["id"] for found in deployed.api("/artifacts/filter", wanted)}
+
+    # Version 1 of the UI knows no "main".
+    page.goto(f"{ui}/artifacts/artifact/{artifacts['oasis-run']}")
+    drawn = page.locator("img[src^='data:image/svg+xml']")
+    expect(drawn).to_be_visible()
+    assert drawn.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
+    expect(page.get_by_role("row").filter(has_text="Processors")).to_contain_text("of 1 on average")
+    picture(page, f"usage-{ui.strip('/') or 'v1'}", whole=True)
+    # Version 1 opens links in windows of their own.
+    page.goto(str(page.get_by_role("link", name=re.compile("^algorithm-output-")).get_attribute("href")))
+    expect(page.get_by_text("File Count")).to_be_visible()
+    expect(page.get_by_text(re.compile("algorithm-output-")).first).to_be_visible()
+
+    page.goto(f"{ui}/artifacts/artifact/{artifacts['oasis-output']}")
+    expect(page.get_by_text("summary.csv", exact=True).first).to_be_visible()
+    expect(page.get_by_text(re.compile("^47 files, ")).first).to_be_visible()
+    picture(page, f"files-{ui.strip('/') or 'v1'}", whole=True)
 
 
 def test_a_person_describes_an_algorithm_in_the_browser(page: Page) -> None:

@@ -1,6 +1,9 @@
 """The flow in this process, against a real Prefect server, with Python functions in the place of containers."""
 
+import base64
 import json
+import re
+import time
 import uuid
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +17,7 @@ from prefect.flow_engine import run_flow
 from prefect.states import Scheduled
 from prefect_docker.credentials import DockerRegistryCredentials
 
-from oasis_flows import documents, lease, tasks
+from oasis_flows import artifacts, documents, lease, tasks
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
 from oasis_flows.errors import (
     AlgorithmFailed,
@@ -29,7 +32,7 @@ from oasis_flows.errors import (
     UnsafeName,
 )
 from oasis_flows.flows.algorithm_task import algorithm_task
-from oasis_flows.job import ContainerExit, Reason
+from oasis_flows.job import ContainerExit, Reason, Sample
 from oasis_flows.machine import stand_in
 from oasis_flows.testing import FakeEngine, host_path
 from tests.servers.engine import eventually
@@ -62,13 +65,14 @@ def ends(exit):
 
 
 class FlakyStore(MemoryFileSystem):
-    """A store at `flaky://` that can be down."""
+    """A store at `flaky://` that can be down, or slow to write."""
 
     protocol = "flaky"
     cacheable = False
     store: ClassVar = {}
     pseudo_dirs: ClassVar = [""]
     down: ClassVar[bool] = False
+    seconds: ClassVar[float] = 0.0
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -78,9 +82,11 @@ class FlakyStore(MemoryFileSystem):
         if type(self).down:
             raise ConnectionResetError(104, "Connection reset by peer")
 
-    def _open(self, *args, **kwargs):
+    def _open(self, path, mode="rb", **kwargs):
         self._require()
-        return super()._open(*args, **kwargs)
+        if mode == "wb":
+            time.sleep(type(self).seconds)
+        return super()._open(path, mode, **kwargs)
 
     def info(self, *args, **kwargs):
         self._require()
@@ -99,7 +105,7 @@ def flaky():
     """The store, up, and empty at the end."""
     FlakyStore.down = False
     yield DatasetStore(url="flaky://results")
-    FlakyStore.down = False
+    FlakyStore.down, FlakyStore.seconds = False, 0.0
     FlakyStore.store.clear()
 
 
@@ -158,8 +164,14 @@ class Ran:
 
     @property
     def artifacts(self):
-        found = self.server.api("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [self.id]}}})
-        return {artifact["key"]: artifact["data"] for artifact in found}
+        return {artifact["key"]: artifact["data"] for artifact in self._artifacts()}
+
+    @property
+    def described(self):
+        return {artifact["key"]: artifact["description"] for artifact in self._artifacts()}
+
+    def _artifacts(self):
+        return self.server.api("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [self.id]}}})
 
     def logs(self, *, containing):
         """The run's log records on the server, once one of them has this text: they arrive a little later."""
@@ -238,6 +250,7 @@ def test_the_container_gets_its_folders_and_exactly_the_described_environment(ra
     }
     assert [(m.target, m.read_only) for m in job.mounts] == [("/srv/x/input", True), ("/srv/x/output", False)]
     assert job.mounts[0].source == Path(notes.url)
+    assert (job.resources.output_bytes, job.resources.output_files, job.resources.log_bytes) == (100 << 30, 1_000_000, 1 << 30)
     assert (job.run_id, job.attempt, job.working_dir) == (done.id, 1, "/srv/x")
 
 
@@ -347,6 +360,35 @@ def test_a_failed_algorithm_is_explained_kept_for_a_look_and_no_dataset(ran, exi
     assert done.record["status"] == "Failed"
     assert documents.find(Dataset, done.record["output"]["name"]) is None
     assert "| Status | Failed (Prefect says " in done.artifacts["oasis-run"]
+    assert not done.workspace.exists()
+
+
+@pytest.mark.parametrize(
+    ("limits", "code", "sentence", "kept"),
+    [
+        ({"max_output_size": "1KiB"}, "output_too_large", "wrote more than 1.0 KiB of output after", False),
+        ({"max_output_files": 1}, "too_many_files", "wrote more than 1 files and folders after", False),
+        ({"max_log_size": "1KiB"}, "log_too_large", "wrote more than 1.0 KiB to its log after", True),
+    ],
+)
+def test_of_an_output_that_is_too_much_log_and_record_are_kept(ran, limits, code, sentence, kept):
+    words = b"many words\n" * (100 if kept else 90)
+
+    def much(job, log):
+        for name in ("a.txt", "b.txt"):
+            (host_path(job, "/work/output") / name).write_bytes(bytes(600))
+        log("stdout", words)
+        return 0
+
+    done = ran(FakeEngine(much), Algorithm(docker_image=IMAGE, **limits))
+
+    assert isinstance(done.result, AlgorithmFailed)
+    assert sentence in done.run["state"]["message"]
+    assert (done.record["status"], done.record["verdict"]["code"], done.record["exit"]["reason"]) == ("Failed", code, code)
+    assert {path.name for path in done.folder.iterdir()} == {"log.txt", "task.json"} | ({"data"} if kept else set())
+    assert (done.folder / "log.txt").read_bytes() == words[:1024]
+    assert ("its files were not kept" in done.artifacts["oasis-run"]) is not kept
+    assert documents.find(Dataset, done.record["output"]["name"]) is None
     assert not done.workspace.exists()
 
 
@@ -469,6 +511,155 @@ def test_a_pull_that_fails_for_the_moment_is_tried_again(ran):
 
     assert ran(engine).run["state_type"] == "COMPLETED"
     assert engine.asked == 3
+
+
+# What people see of a run
+
+
+def used(*numbers):
+    """An end with these samples: seconds, processors, MiB."""
+    samples = tuple(Sample(seconds, cpus, mib << 20) for seconds, cpus, mib in numbers)
+    return ContainerExit(
+        reason=Reason.OK,
+        exit_code=0,
+        memory_limit_bytes=256 << 20,
+        memory_peak_bytes=200 << 20,
+        cpu_seconds=1.5,
+        forks_refused=2,
+        usage=samples,
+    )
+
+
+def test_a_run_shows_what_it_used_and_writes_it_down_in_few_lines(ran):
+    done = ran(FakeEngine(ends(used((1.0, 0.5, 10), (2.0, 0.75, 128), (3.0, 0.25, 64)))))
+    page, text = done.artifacts["oasis-run"], (done.folder / "task.json").read_text()
+
+    assert "| Processors | 1.5 s of processor time, 0.50 of 1 on average |" in page
+    assert "| Peak memory | 200.0 MiB of 256.0 MiB; 128.0 MiB without what the kernel kept of files |" in page
+    assert "| Refused processes | 2, by `pids_limit` |" in page
+    drawn = base64.b64decode(re.search(r"\(data:image/svg\+xml;base64,([^)]+)\)", page)[1]).decode()
+    assert "Memory in use: 128 MiB at most, limit 256 MiB" in drawn
+    assert done.record["usage"] == {
+        "cpu_seconds": 1.5,
+        "memory_peak_bytes": 200 << 20,
+        "forks_refused": 2,
+        "samples": [[1.0, 0.5, 10 << 20], [2.0, 0.75, 128 << 20], [3.0, 0.25, 64 << 20]],
+    }
+    assert "\n      [1.0, 0.5, 10485760],\n      [2.0, 0.75, 134217728],\n" in text
+    assert "usage" not in done.record["exit"]
+
+
+@pytest.mark.parametrize("samples", [[], [(0.1, 0.3, 5)]])
+def test_a_run_too_short_to_be_drawn_has_no_picture(ran, samples):
+    page = ran(FakeEngine(ends(used(*samples)))).artifacts["oasis-run"]
+
+    assert "data:image" not in page
+    assert "| Processors |" not in page
+
+
+def test_a_run_links_to_its_dataset_and_lists_its_files(ran, prefect_server):
+    done = ran(FakeEngine(count))
+    document = f"algorithm-output-{done.id[:8]}"
+    number = Dataset.load(document)._block_document_id
+
+    assert f"dataset [{document}]({prefect_server.url}/blocks/block/{number}): 3 files" in done.artifacts["oasis-run"]
+    assert json.loads(done.artifacts["oasis-output"]) == [
+        {"file": "a.txt", "size": "1 B", "sha256": "d4735e3a265e"},
+        {"file": "deep/er/a.txt", "size": "1 B", "sha256": "6b86b273ff34"},
+        {"file": "empty.txt", "size": "1 B", "sha256": "5feceb66ffc8"},
+    ]
+    assert done.described["oasis-output"] == f"3 files, 3 B, in `{done.folder}/data`."
+
+
+@pytest.mark.parametrize(("code", "rest"), [(0, "all are listed in `{}/manifest.jsonl`"), (1, "see `{}/data` for all")])
+def test_of_many_files_the_first_are_listed_and_the_others_counted(ran, code, rest):
+    def many(job, log):
+        for number in range(503):
+            (host_path(job, "/work/output") / f"{number:04}").write_text("x")
+        return code
+
+    done = ran(FakeEngine(many))
+    about = f"503 files, 503 B, in `{done.folder}/data`. The first 500 are shown, 3 more are not: {rest.format(done.folder)}."
+
+    assert [row["file"] for row in json.loads(done.artifacts["oasis-output"])] == [f"{number:04}" for number in range(500)]
+    assert done.described["oasis-output"] == about
+
+
+def test_a_quick_transfer_has_no_bar(ran):
+    assert set(ran(FakeEngine(count)).artifacts) == {"oasis-run", "oasis-output"}
+
+
+def test_a_transfer_that_takes_longer_has_a_bar_that_moves_and_ends_full(ran, flaky, monkeypatch):
+    moved = []
+    tell = artifacts.update_progress_artifact
+    monkeypatch.setattr(artifacts, "update_progress_artifact", lambda bar, percent: moved.append(percent) or tell(bar, percent))
+
+    def many(job, log):
+        FlakyStore.seconds = 0.8
+        for number in range(100):
+            (host_path(job, "/work/output") / f"{number:04}").write_text("x" * 1000)
+        return 0
+
+    done = ran(FakeEngine(many), store=flaky)
+
+    assert done.run["state_type"] == "COMPLETED"
+    assert set(done.artifacts) == {"oasis-run", "oasis-output", "oasis-publish-output"}
+    assert done.artifacts["oasis-publish-output"] == 100
+    assert 2 <= len(moved) <= 6
+    assert moved == sorted(set(moved))
+
+
+class Refused(Exception):
+    """What Prefect's client may raise."""
+
+
+def test_a_bar_that_could_not_be_moved_still_ends_full(ran, flaky, monkeypatch):
+    asked, tell = [], artifacts.update_progress_artifact
+
+    def refuse_at_first(bar, percent):
+        asked.append(percent)
+        if len(asked) == 1:
+            raise Refused("no room")
+        return tell(bar, percent)
+
+    monkeypatch.setattr(artifacts, "update_progress_artifact", refuse_at_first)
+
+    def many(job, log):
+        FlakyStore.seconds = 0.8
+        for number in range(100):
+            (host_path(job, "/work/output") / f"{number:04}").write_text("x")
+        return 0
+
+    done = ran(FakeEngine(many), store=flaky)
+
+    assert len(asked) == 2
+    assert done.artifacts["oasis-publish-output"] == asked[1] == 100
+
+
+def test_artifacts_that_prefect_does_not_take_fail_no_run(ran, flaky, monkeypatch):
+    asked = []
+
+    def refuse(*_, **__):
+        asked.append(1)
+        raise Refused("no room")
+
+    for name in ("create_markdown_artifact", "create_table_artifact", "create_progress_artifact"):
+        monkeypatch.setattr(artifacts, name, refuse)
+
+    def slow(job, log):
+        FlakyStore.seconds = 0.8
+        for number in range(100):
+            (host_path(job, "/work/output") / f"{number:04}").write_text("x")
+        return 0
+
+    done = ran(FakeEngine(slow), store=flaky)
+
+    assert done.run["state_type"] == "COMPLETED"
+    assert done.artifacts == {}
+    assert len(asked) == 3
+    assert "The progress of a transfer could not be shown in Prefect: no room" in done.logs(
+        containing="The list of output files"
+    )
 
 
 # A retry of the run

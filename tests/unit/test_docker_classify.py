@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import docker.errors
 import pytest
@@ -11,9 +13,10 @@ import requests
 import urllib3
 
 from oasis_flows.engines import docker_errors, docker_image, docker_spec
-from oasis_flows.engines.cgroup import find_peak_file
 from oasis_flows.engines.docker_output import Delivery, Demultiplexer
 from oasis_flows.engines.docker_verdict import Evidence, container_exit, parse_time, signal_name
+from oasis_flows.engines.quota import Passed
+from oasis_flows.engines.usage import Reading, Usage
 from oasis_flows.errors import (
     DescriptionError,
     EngineError,
@@ -179,6 +182,7 @@ def test_a_silent_engine_is_transient() -> None:
         raise docker.errors.DockerException(words)
 
 
+PASSED = Passed(Reason.TOO_MANY_FILES, 7)
 JOB = ContainerJob(run_id="r", image="i", lease=Path("/l"), timeout_seconds=5, secret_environment={"K": "s3cret"})
 
 
@@ -192,6 +196,10 @@ JOB = ContainerJob(run_id="r", image="i", lease=Path("/l"), timeout_seconds=5, s
         ({"ExitCode": 0, "OOMKilled": True}, {}, Reason.OUT_OF_MEMORY),
         ({"ExitCode": 137}, {"stopped_at_timeout": True}, Reason.TIMED_OUT),
         ({"ExitCode": 0}, {"stopped_at_timeout": True}, Reason.TIMED_OUT),
+        ({"ExitCode": 0}, {"passed": PASSED}, Reason.TOO_MANY_FILES),
+        ({"ExitCode": 3}, {"passed": PASSED}, Reason.TOO_MANY_FILES),
+        ({"ExitCode": 137}, {"passed": PASSED}, Reason.TOO_MANY_FILES),
+        ({"ExitCode": 137, "OOMKilled": True}, {"passed": PASSED}, Reason.OUT_OF_MEMORY),
         ({"ExitCode": 127}, {"stderr_head": TINI_MISSING, "stderr_bytes": len(TINI_MISSING)}, Reason.COMMAND_NOT_FOUND),
         ({"ExitCode": 127}, {"stderr_head": SHELL_MISSING, "stderr_bytes": len(SHELL_MISSING)}, Reason.EXIT_NONZERO),
     ],
@@ -199,11 +207,14 @@ JOB = ContainerJob(run_id="r", image="i", lease=Path("/l"), timeout_seconds=5, s
 def test_verdict(state: dict[str, object], more: dict[str, object], reason: Reason) -> None:
     ended = container_exit(JOB, Evidence(state=state, in_force={}, **more))  # type: ignore[arg-type]
     assert (ended.reason, ended.exit_code) == (reason, state["ExitCode"])
+    assert ended.limit_passed == (7 if reason is Reason.TOO_MANY_FILES else None)
 
 
 def test_at_death_by_memory_the_peak_is_the_limit_at_least() -> None:
     state = {"ExitCode": 137, "OOMKilled": True, "Error": "the engine's words"}
-    ended = container_exit(JOB, Evidence(state=state, in_force={}, memory_peak_bytes=5))
+    usage = Usage()
+    usage.add(0.1, Reading(cpu_seconds=0.1, memory_bytes=5, memory_peak_bytes=5))
+    ended = container_exit(JOB, Evidence(state=state, in_force={}, usage=usage))
     assert ended.memory_peak_bytes == ended.memory_limit_bytes == 1 << 30
     assert "the engine's words" in ended.detail
 
@@ -245,6 +256,19 @@ def test_a_completed_log_repeats_nothing() -> None:
     delivery.deliver("stdout", b"abc")
     delivery.complete([("stdout", b"ab"), ("stderr", b"e"), ("stdout", b"cd"), ("stdout", b"ef")])
     assert seen == [("stdout", b"abc"), ("stderr", b"e"), ("stdout", b"d"), ("stdout", b"ef")]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_a_log_is_cut_at_its_limit_wherever_it_comes_from(size: int) -> None:
+    seen: list[bytes] = []
+    delivery = Delivery(lambda stream, data: seen.append(data), 7)
+    delivery.deliver("stdout", b"abc")
+    whole = b"abcdefgh"
+    delivery.complete(("stdout", whole[at : at + size]) for at in range(0, 7, size))
+    assert (b"".join(seen), delivery.overflowed) == (whole[:7], size == 100 or 7 % size != 0)
+    delivery.complete([("stdout", whole), ("stderr", b"x")])
+    assert (b"".join(seen), delivery.overflowed) == (whole[:7], True)
+    assert b"" not in seen
 
 
 @pytest.mark.parametrize(
@@ -348,6 +372,25 @@ def test_a_writable_mount_that_should_not_be() -> None:
     assert docker_spec.looser_than_asked(job, docker_spec.in_force(seen, {}), {}) == ("read-only mounts",)
 
 
+def test_a_volume_of_the_image_is_in_memory_unless_the_root_is_writable() -> None:
+    image = {"Config": {"Volumes": {"/data/": {}, "/tmp": {}, "/out": {}}}}
+    job = ContainerJob(
+        run_id="r", image="i", lease=Path("/l"), mounts=(Mount(source=Path("/x"), target="/out", read_only=False),)
+    )
+    host = docker_spec.create_body(job, {}, image)["HostConfig"]
+    assert list(host["Tmpfs"]) == ["/data", "/tmp"]
+    opened = replace(job, sandbox=Sandbox(writable_root=True))
+    assert list(docker_spec.create_body(opened, {}, image)["HostConfig"]["Tmpfs"]) == ["/tmp"]
+
+
+def test_a_volume_that_the_engine_added_is_looser() -> None:
+    seen = created(JOB)
+    seen["Mounts"] = [{"Type": "volume", "Source": "/v", "Destination": "/data", "RW": True}]
+    assert docker_spec.looser_than_asked(JOB, docker_spec.in_force(seen, {"SwapLimit": True}), {"SwapLimit": True}) == (
+        "read-only root",
+    )
+
+
 def test_what_was_opened_is_not_looser() -> None:
     sandbox = Sandbox(network=True, writable_root=True, new_privileges=True, capabilities=("NET_RAW",))
     job = ContainerJob(run_id="r", image="i", lease=Path("/l"), sandbox=sandbox, resources=Resources(gpus=2))
@@ -357,19 +400,44 @@ def test_what_was_opened_is_not_looser() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "file"),
+    ("gpus", "requests"),
     [
-        ("9:memory:/docker/abc", "sys/fs/cgroup/memory/docker/abc/memory.max_usage_in_bytes"),
-        ("0::/system.slice/docker-abc.scope", "sys/fs/cgroup/system.slice/docker-abc.scope/memory.peak"),
-        ("9:memory:/docker/somebody-else", None),
-        ("9:memory:/docker/abc", None),
+        (0, []),
+        (1, [{"Count": 1, "Capabilities": [["gpu"]]}]),
+        (3, [{"Count": 3, "Capabilities": [["gpu"]]}]),
+        ("all", [{"Count": -1, "Capabilities": [["gpu"]]}]),
     ],
 )
-def test_peak_file(tmp_path: Path, line: str, file: str | None) -> None:
-    (tmp_path / "proc/7").mkdir(parents=True)
-    (tmp_path / "proc/7/cgroup").write_text(f"3:cpu:/docker/abc\n{line}\n")
-    if file:
-        (tmp_path / file).parent.mkdir(parents=True)
-        (tmp_path / file).write_text("1\n")
-    assert find_peak_file(7, "abc", tmp_path) == (tmp_path / file if file else None)
-    assert find_peak_file(8, "abc", tmp_path) is None
+def test_gpus_are_asked_for_as_device_requests(gpus: int | Literal["all"], requests: list[object]) -> None:
+    job = ContainerJob(run_id="r", image="i", lease=Path("/l"), resources=Resources(gpus=gpus))
+    assert docker_spec.create_body(job, {}, {})["HostConfig"]["DeviceRequests"] == requests
+
+
+RUNC = {"io.containerd.runc.v2": {"path": "runc"}, "io.containerd.runtime.v1.linux": {"path": "runc"}, "runc": {"path": "runc"}}
+# With what `nvidia-ctk runtime configure` writes, on a machine without a GPU: the engine does not look.
+NVIDIA = {**RUNC, "nvidia": {"path": "/usr/bin/nvidia-container-runtime"}}
+# From the Docker documentation: API 1.50, Docker 28.2 and newer.
+CDI = [{"Source": "cdi", "ID": "nvidia.com/gpu=0"}, {"Source": "cdi", "ID": "nvidia.com/gpu=all"}]
+OTHER_CDI = [{"Source": "cdi", "ID": "vendor.example.com/nic=0"}]
+
+
+@pytest.mark.parametrize(
+    ("info", "way"),
+    [
+        ({"Runtimes": RUNC}, None),
+        ({"Runtimes": NVIDIA}, "the nvidia runtime"),
+        ({"Runtimes": RUNC, "DiscoveredDevices": CDI}, "2 CDI devices"),
+        ({"Runtimes": RUNC, "DiscoveredDevices": OTHER_CDI}, None),
+        ({"Runtimes": None, "DiscoveredDevices": None}, None),
+    ],
+)
+def test_gpu_support(info: dict[str, object], way: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert docker_spec.gpu_support(info) == way
+
+
+def test_gpu_support_by_the_hook_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hook = tmp_path / "nvidia-container-runtime-hook"
+    hook.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert docker_spec.gpu_support({"Runtimes": RUNC}) == hook.name

@@ -124,10 +124,10 @@ def test_memory_does_not_grow_with_the_log(tmp_path):
 
 def test_secrets_reach_neither_file_nor_view(tmp_path):
     content, blocks = written(
-        tmp_path, [("stdout", b"token=hun"), ("stdout", b"ter2 and hunt"), ("stderr", b"hunter2\n")], ["hunter2"]
+        tmp_path, [("stdout", b"token=hun"), ("stdout", b"ter2 and hun"), ("stderr", b"hunter2\n")], ["hunter2"]
     )
 
-    assert content == b"token=*** and ***\nhunt"
+    assert content == b"token=*** and ***\nhun"
     assert "hunter2" not in "".join(blocks)
 
 
@@ -180,3 +180,10 @@ def test_the_last_lines_skip_blanks(tmp_path):
 
     assert log.last_lines(tmp_path / "log.txt", 2) == ["two", "three"]
     assert log.last_lines(tmp_path / "none.txt", 2) == []
+
+
+@pytest.mark.parametrize(
+    ("end", "shown"), [(b"hunter", b"***"), (b"hunt", b"***"), (b"hun", b"hun"), (b"hunter2 h", b"*** h"), (b"ahun", b"ahun")]
+)
+def test_a_secret_that_the_end_of_the_log_cuts_does_not_come_out(tmp_path, end, shown):
+    assert written(tmp_path, [("stdout", b"it is " + end)], ["hunter2", "x"])[0] == b"it is " + shown

@@ -104,8 +104,8 @@ def test_closing_early_ends_the_threads() -> None:
 
 
 def test_progress_is_told_from_the_callers_thread_and_not_too_often() -> None:
-    told: list[tuple[int, int | None, int, str]] = []
-    meter = Meter(lambda *seen: told.append((*seen, threading.current_thread().name)), 400)
+    told: list[tuple[int, int, int, int, str]] = []
+    meter = Meter(lambda *seen: told.append((*seen, threading.current_thread().name)), 400, 4000)
 
     def work(_: int) -> None:
         meter.add(10)
@@ -114,7 +114,7 @@ def test_progress_is_told_from_the_callers_thread_and_not_too_often() -> None:
     for _ in in_order(work, range(400), workers=4, tick=meter.tick):
         meter.file_done()
     meter.tick(last=True)
-    assert told[-1] == (400, 400, 4000, "MainThread")
+    assert told[-1] == (400, 400, 4000, 4000, "MainThread")
     assert {name for *_, name in told} == {"MainThread"}
     assert len(told) <= 8
 

@@ -203,6 +203,23 @@ def test_memory_names_limit_and_peak() -> None:
     assert (found.limit_bytes, found.peak_bytes) == (GIB, GIB)
 
 
+@pytest.mark.parametrize(
+    ("reason", "limit", "said"),
+    [
+        (Reason.OUTPUT_TOO_LARGE, 5 << 30, "The algorithm co2 wrote more than 5.0 GiB of output after 2.0 s"),
+        (Reason.TOO_MANY_FILES, 2000, "The algorithm co2 wrote more than 2000 files and folders after 2.0 s"),
+        (Reason.LOG_TOO_LARGE, 1 << 20, "The algorithm co2 wrote more than 1.0 MiB to its log after 2.0 s"),
+        (
+            Reason.DISK_FULL,
+            1 << 30,
+            "The algorithm co2 was stopped after 2.0 s, because less than 1.0 GiB was free on the disk of its output",
+        ),
+    ],
+)
+def test_too_much_names_the_limit(reason: Reason, limit: int, said: str) -> None:
+    assert verdict(ended(reason, 137, limit_passed=limit)).sentence == f"{said}."
+
+
 @pytest.mark.parametrize("reason", list(Reason))
 def test_every_end_is_explained(reason: Reason) -> None:
     found = verdict(ended(reason, 7, detail="the engine's words"), last_lines=["one", "two"])

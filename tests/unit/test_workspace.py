@@ -257,6 +257,23 @@ def opened_up(path):
         folder.chmod(mode)
 
 
+def test_folders_closed_to_their_owner_are_removed(tmp_path):
+    script = NOT_ROOT + (
+        "with workspace.open_workspace(Path(sys.argv[1], 'runs'), 'run') as space:\n"
+        "    (space.fresh_output() / 'a/b').mkdir(parents=True)\n"
+        "    (space.output / 'a/b/file').touch()\n"
+        "    (space.output / 'a/b').chmod(0)\n"
+        "    (space.output / 'a').chmod(0)\n"
+        "    print(list(space.fresh_output().iterdir()), space.remove(), space.path.exists())"
+    )
+    (tmp_path / "runs").mkdir()
+    os.chown(tmp_path / "runs", 65534, 65534)
+    with opened_up(tmp_path):
+        said = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True).stdout
+
+    assert said == "[] True False\n"
+
+
 def test_folders_nested_deeper_than_python_counts_are_removed(tmp_path):
     with workspace.open_workspace(tmp_path, "run") as space:
         inner = os.open(space.fresh_output(), os.O_RDONLY)

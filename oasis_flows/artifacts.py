@@ -1,0 +1,102 @@
+"""What people see of a run among its artifacts in Prefect: its page, its output files, and how far a long transfer is.
+
+An artifact that Prefect does not take changes nothing about what becomes of the run: a warning says so, once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import cast
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.logging import get_run_logger
+
+from .errors import OasisError
+from .job import counted, human_bytes
+from .manifest import Entry, Summary
+from .store import MANIFEST, read_manifest
+
+PAGE, FILES = "oasis-run", "oasis-output"
+MOST_FILES = 500
+_PATIENCE_SECONDS = 3.0
+
+
+def show_page(text: str, about: str) -> None:
+    """Show a page in Markdown as the run's; `about` is what lists of artifacts say of it."""
+    with _harmless("The run's page"):
+        create_markdown_artifact(text, key=PAGE, description=about)
+
+
+def first_files(manifest: Path) -> tuple[Entry, ...]:
+    """As many of a manifest's entries as are shown; the others are not read. None, where it cannot be read."""
+    try:
+        return tuple(islice(read_manifest(manifest), MOST_FILES))
+    except OasisError:
+        return ()
+
+
+def show_files(files: Sequence[Entry], published: Summary, url: str, *, whole: bool) -> None:
+    """Show the published files as a table, if there are any. `whole`: they are a dataset, and have a manifest."""
+    if not files:
+        return
+    rows = [{"file": file.path, "size": human_bytes(file.bytes), "sha256": (file.sha256 or "")[:12]} for file in files]
+    about = f"{counted(published.file_count, 'file')}, {human_bytes(published.size_bytes)}, in `{url}/data`."
+    more = published.file_count - len(files)
+    if more:
+        rest = f"all are listed in `{url}/{MANIFEST}`" if whole else f"see `{url}/data` for all"
+        about = f"{about} The first {len(files)} are shown, {more} more are not: {rest}."
+    with _harmless("The list of output files"):
+        create_table_artifact(rows, key=FILES, description=about)
+
+
+class TransferBar:
+    """A bar for one transfer, which appears when that takes longer than three seconds.
+
+    It moves once a second at most, and ends at 100 % when all files are done.
+    """
+
+    def __init__(self, step: str) -> None:
+        self._step = step
+        self._began = time.monotonic()
+        self._moved = 0.0
+        self._shown: float | None = None
+        self._artifact: UUID | None = None
+        self._given_up = False
+
+    def move(self, files: int, all_files: int, bytes: int, all_bytes: int) -> None:
+        """Say how far the transfer is."""
+        now, done = time.monotonic(), files == all_files
+        if self._artifact is None and (done or self._given_up or now - self._began < _PATIENCE_SECONDS):
+            return
+        percent = 100.0 if done else float(min(99, 100 * bytes // all_bytes if all_bytes else 100 * files // all_files))
+        if percent == self._shown or (not done and (self._given_up or now - self._moved < 1.0)):
+            return
+        # A server that stalls may take minutes to refuse. It is asked once more at the end, so that no bar stays short of it.
+        warned, self._given_up = self._given_up, True
+        with suppress(Exception) if warned else _harmless("The progress of a transfer"):
+            if self._artifact is None:
+                key = f"oasis-{self._step.replace('_', '-')}"
+                made = create_progress_artifact(percent, key=key, description=self._step.replace("_", " "))
+                self._artifact = cast(UUID, made)
+            else:
+                update_progress_artifact(self._artifact, percent)
+            self._given_up = False
+        self._moved, self._shown = time.monotonic(), percent
+
+
+@contextmanager
+def _harmless(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # see the module
+        get_run_logger().warning("%s could not be shown in Prefect: %s", what, error)
