@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+# A SIGTERM that interrupts an import leaves CPython's import lock held, so all that is imported late is imported here.
+import anyio._backends._asyncio  # noqa: F401
 from prefect import tags
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
