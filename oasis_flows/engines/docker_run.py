@@ -145,6 +145,7 @@ class Supervision:
 
         attached = self._attach() if self._container.fresh else None
         pump = Pump(self._api, self._container.id, self._delivery, attached, self._patience)
+        quota = Watch(self._job)
         try:
             if self._container.fresh:
                 try:
@@ -154,7 +155,7 @@ class Supervision:
                     meaning = start_error(spec.container_name(self._job), words, status=error.status_code)
                     return not_started(self._job, meaning, words, self._container.in_force)
             pump.start()
-            with Watch(self._job) as quota:
+            with quota:
                 return self._watch(pump, quota)
         finally:
             if pump.ident is not None and not pump.done.is_set():

@@ -57,15 +57,16 @@ class Usage:
 
 class Watch:
     """Looks at the writable folders of one container until the block ends: in a thread, so that a disk that hangs holds up
-    nobody. `passed` is the limit that was passed, once one was.
+    nobody. `passed` is the limit that was passed, once one was. To be made before the container starts.
 
-    The first look is `_SECONDS_BETWEEN_LOOKS` after the start; how a container ended that was quicker, `at_end` says.
+    The first look is `_SECONDS_BETWEEN_LOOKS` after the block begins; of a container that was quicker, `at_end` tells.
     """
 
     def __init__(self, job: ContainerJob) -> None:
         self.passed: Passed | None = None
-        self._folders = [mount.source for mount in job.mounts if not mount.read_only]
+        self._folders = [mount.source for mount in job.mounts if not mount.read_only and mount.source.exists()]
         self._limits = job.resources
+        self._first = self._disks()
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"oasis-quota-{job.run_id}", daemon=True)
 
@@ -88,14 +89,14 @@ class Watch:
 
     def _watch(self) -> None:
         found, again, at_once = Usage(), 0.0, 0.0
-        first = disks = self._disks()
+        disks = self._first
         while self.passed is None and not self._leave.wait(_SECONDS_BETWEEN_LOOKS):
             began, now = time.monotonic(), self._disks()
             if began >= again or (began >= at_once and found.grown(disks, now).over(self._limits)):
                 found, disks = self._walk(), now
                 ended = time.monotonic()
                 again, at_once = ended + _REST * (ended - began), ended + _SHORT_REST * (ended - began)
-            self.passed = found.over(self._limits) or _too_full(first, now)
+            self.passed = found.over(self._limits) or _too_full(self._first, now, wrote=found.bytes > 0)
 
     def _walk(self) -> Usage:
         found = measure(self._folders, self._limits, self._leave)
@@ -106,14 +107,14 @@ class Watch:
         return [os.statvfs(folder) for folder in self._folders]
 
 
-def _too_full(first: Sequence[os.statvfs_result], now: Sequence[os.statvfs_result]) -> Passed | None:
-    """Is less free than the machine itself needs, and less than at first?
+def _too_full(first: Sequence[os.statvfs_result], now: Sequence[os.statvfs_result], *, wrote: bool) -> Passed | None:
+    """Is less free than the machine itself needs, and can this container have done it?
 
-    That need not be this container's doing, but nobody can tell: a file that is open and has no name is seen by the disk only.
+    It can if it wrote, or if less is free than at first: a file that is open and has no name is seen by the disk only.
     """
     for old, new in zip(first, now, strict=True):
         reserve = min(_RESERVE_BYTES, int(new.f_blocks * new.f_frsize * _RESERVE_SHARE))
-        if new.f_bavail * new.f_frsize < reserve and new.f_bavail < old.f_bavail:
+        if new.f_bavail * new.f_frsize < reserve and (wrote or new.f_bavail < old.f_bavail):
             return Passed(Reason.DISK_FULL, reserve)
     return None
 

@@ -343,7 +343,9 @@ class TestBombs:
     def test_a_disk_that_was_full_before_stops_nobody_who_does_not_write(self, hostile: Hostile, disk: Path) -> None:
         with (disk / "full").open("wb") as file, contextlib.suppress(OSError):
             file.write(bytes(33 * MIB))
-        ended, _, _ = hostile("sleep 1", resources=AS_MUCH_AS_IT_LIKES)
+        (disk / "output").mkdir(mode=0o777)
+        mounts = (Mount(source=disk / "output", target="/work/output", read_only=False),)
+        ended, _, _ = hostile("sleep 1", resources=AS_MUCH_AS_IT_LIKES, mounts=mounts)
         assert ended.reason is Reason.OK
 
     @pytest.mark.parametrize(
