@@ -93,6 +93,10 @@ def _state(truth: Truth, claims: Claims) -> Iterator[str]:
             yield "it is Completed and there is no Dataset document"
     elif place.manifest is not None and (claims.state == "FAILED" or not truth.hit & ENDS_A_PROCESS):
         yield f"it is {claims.state} ({claims.message}) and left a dataset"
+    if claims.state == "CRASHED" and not truth.hit & ENDS_A_PROCESS:
+        yield f"it is Crashed and nobody ended its process: {claims.message}"
+    if claims.state == "FAILED" and claims.told and not claims.told.get("code"):
+        yield f"its failure is not explained: {dict(claims.told)}"
     wanted = "FAILED" if truth.exit_code else "COMPLETED"
     if not truth.against and claims.state != wanted:
         yield f"nothing was done to it and it is {claims.state}, not {wanted}: {claims.message}"

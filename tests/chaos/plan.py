@@ -117,7 +117,7 @@ def _drawn(dice: random.Random, table: dict[str, tuple[float, float, float]]) ->
 def _on_run(dice: random.Random, run: Run) -> Fault:
     kind, seconds, offset = _drawn(dice, ON_RUNS)
     return Fault(
-        round(dice.uniform(0.1, 3) if "container" in kind else dice.triangular(0.1, 20, 3), 2), kind, run.token, seconds, offset
+        round(dice.uniform(0, 1.5) if "container" in kind else dice.triangular(0.1, 20, 3), 2), kind, run.token, seconds, offset
     )
 
 

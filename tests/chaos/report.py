@@ -77,7 +77,8 @@ def audited(world: World, played: Played) -> tuple[list[str], Counter[str]]:
             outcomes["not begun"] += 1
             continue
         claims = witness.claims(player, run_id)
-        outcomes[claims.state.capitalize()] += 1
+        why = (claims.told or {}).get("code")
+        outcomes[claims.state.capitalize() + (f" ({why})" if why else "")] += 1
         kept = (world.home / "workspaces" / run_id).exists()
         if kept and claims.state in ("COMPLETED", "CANCELLED"):
             found.append(f"{player.token} ({run_id}): it is {claims.state} and keeps a workspace")

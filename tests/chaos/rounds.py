@@ -17,7 +17,7 @@ from tests.servers.engine import alive
 
 from . import faults
 from .algorithms import TOKEN
-from .plan import Fault, Round, Run
+from .plan import ON_SERVICES, Fault, Round, Run
 from .world import World
 
 END_SECONDS = 180.0
@@ -110,6 +110,13 @@ class Played:
     players: tuple[Player, ...]
     strikes: Counter[str]
     hit: frozenset[tuple[str, str]]
+
+    def struck(self, player: Player) -> frozenset[str]:
+        """What did hit this run, or what it used; a worker is nothing to a Python call."""
+        services = {kind for kind in ON_SERVICES if self.strikes[kind]}
+        if player.run.way == "call":
+            services -= {kind for kind in services if kind.endswith("the worker")}
+        return frozenset(services | {kind for token, kind in self.hit if token == player.token})
 
 
 def play(world: World, plan: Round) -> Played:

@@ -39,7 +39,7 @@ class Witness:
             output=algorithm.writes(player.token, SOURCES[player.run.source].files),
             exit_code=algorithm.exit_code,
             against=played.round.against(player.run),
-            hit=frozenset(played.strikes) | {kind for token, kind in played.hit if token == player.token},
+            hit=played.struck(player),
             hung=player.hung,
         )
 

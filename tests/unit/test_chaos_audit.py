@@ -60,6 +60,8 @@ def test_what_is_true_is_no_finding(truth, claims):
         (TRUTH, replace(COMPLETED, told={"raised": "X"}), "its caller was told"),
         (TRUTH, replace(FAILED, place=Place(record={"verdict": {"code": "killed"}}), told=None), "nobody did"),
         (replace(TRUTH, against=frozenset()), Claims(state="FAILED"), "nothing was done to it"),
+        (replace(TRUTH, hit=frozenset()), Claims(state="CRASHED"), "nobody ended its process"),
+        (TRUTH, Claims(state="FAILED", told={"raised": "ValueError", "code": None}), "is not explained"),
     ],
 )
 def test_what_is_not_true_is_found(truth, claims, finding):
