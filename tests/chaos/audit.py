@@ -12,6 +12,8 @@ from .algorithms import Output
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
 # What may end a run's process behind its dataset's commit, so that nobody is left to say Completed.
 ENDS_A_PROCESS = frozenset({"kill the flow", "terminate the flow", "cancel the run", "kill the worker", "terminate the worker"})
+# Every run is described as it should be, and the engine can do all of it.
+UNDESERVED = frozenset({"invalid_description", "image_not_found", "image_invalid", "image_denied", "unsupported", "no_gpu"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,8 @@ def examine(truth: Truth, claims: Claims) -> Iterator[str]:
     for said in (verdict, told.get("code")):
         if said == "exit_nonzero" and succeeds:
             yield "its algorithm is blamed for what was done to it"
+        if said in UNDESERVED:
+            yield f"its description or the engine is blamed ({said}): {told.get('message', claims.message)}"
     if verdict == "ok" and not succeeds:
         yield "its record says that a failing algorithm succeeded"
     if verdict == "killed" and not truth.against & {"kill the container", "kill the engine", "terminate the engine"}:

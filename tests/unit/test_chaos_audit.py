@@ -60,6 +60,11 @@ def test_what_is_true_is_no_finding(truth, claims):
         (TRUTH, replace(COMPLETED, told={"raised": "X"}), "its caller was told"),
         (TRUTH, replace(FAILED, place=Place(record={"verdict": {"code": "killed"}}), told=None), "nobody did"),
         (replace(TRUTH, against=frozenset()), Claims(state="FAILED"), "nothing was done to it"),
+        (
+            TRUTH,
+            Claims(state="FAILED", told={"raised": "X", "code": "image_invalid"}),
+            "its description or the engine is blamed",
+        ),
         (replace(TRUTH, hit=frozenset()), Claims(state="CRASHED"), "nobody ended its process"),
         (TRUTH, Claims(state="FAILED", told={"raised": "ValueError", "code": None}), "is not explained"),
     ],
