@@ -10,6 +10,8 @@ from typing import Any
 from .algorithms import Output
 
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
+# Of a Python call, or its retry, that was killed before Prefect called the flow: none of our code has run.
+NOT_BEGUN = frozenset({"SCHEDULED", "PENDING"})
 # What may end a run's process behind its dataset's commit, so that nobody is left to say Completed.
 ENDS_A_PROCESS = frozenset({"kill the flow", "terminate the flow", "cancel the run", "kill the worker", "terminate the worker"})
 # Every run is described as it should be, and the engine can do all of it.
@@ -20,12 +22,14 @@ UNDESERVED = frozenset({"invalid_description", "image_not_found", "image_invalid
 class Truth:
     """What is certain about a run: what its container writes if it gets to its end, and what was done to it.
 
-    `against` has the faults that could touch it at all, `hit` those that did hit it or what it used.
+    `called` tells a Python call from a deployment's run. `against` has the faults that could touch it at all, `hit` those
+    that did hit it or what it used.
     """
 
     token: str
     output: Output
     exit_code: int
+    called: bool = True
     against: frozenset[str] = frozenset()
     hit: frozenset[str] = frozenset()
     hung: bool = False
@@ -58,8 +62,7 @@ def examine(truth: Truth, claims: Claims) -> Iterator[str]:
     place, succeeds = claims.place, truth.exit_code == 0
     if truth.hung:
         yield "its process did not end by itself"
-    if claims.state not in FINAL and not (claims.state == "PENDING" and "kill the flow" in truth.hit):
-        # A Python call that is killed before Prefect calls the flow: none of our code has run.
+    if claims.state not in FINAL and not (claims.state in NOT_BEGUN and truth.called and truth.hit & ENDS_A_PROCESS):
         yield f"it has ended and its state is {claims.state}"
     yield from _dataset(truth, place)
     yield from _state(truth, claims)

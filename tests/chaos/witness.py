@@ -38,6 +38,7 @@ class Witness:
             token=player.token,
             output=algorithm.writes(player.token, SOURCES[player.run.source].files),
             exit_code=algorithm.exit_code,
+            called=player.run.way == "call",
             against=played.round.against(player.run),
             hit=played.struck(player),
             hung=player.hung,

@@ -29,10 +29,18 @@ FAILING = replace(TRUTH, exit_code=3)
         (TRUTH, COMPLETED),
         (FAILING, FAILED),
         (TRUTH, Claims(state="CRASHED")),
+        (TRUTH, Claims(state="PENDING")),
         (TRUTH, replace(COMPLETED, state="CRASHED", told=None, document=None)),
         (TRUTH, Claims(state="CRASHED", place=Place(log=LOG[:9]))),
     ],
-    ids=["completed", "failed", "crashed early", "crashed behind the commit", "crashed with half a log"],
+    ids=[
+        "completed",
+        "failed",
+        "crashed early",
+        "killed before it began",
+        "crashed behind the commit",
+        "crashed with half a log",
+    ],
 )
 def test_what_is_true_is_no_finding(truth, claims):
     assert list(examine(truth, claims)) == []
@@ -42,6 +50,7 @@ def test_what_is_true_is_no_finding(truth, claims):
     ("truth", "claims", "finding"),
     [
         (TRUTH, Claims(state="RUNNING"), "its state is RUNNING"),
+        (replace(TRUTH, called=False), Claims(state="PENDING"), "its state is PENDING"),
         (replace(TRUTH, hung=True), COMPLETED, "did not end by itself"),
         (FAILING, COMPLETED, "is Completed and its algorithm fails"),
         (TRUTH, replace(COMPLETED, place=replace(PLACE, manifest=None)), "there is no manifest"),
