@@ -7,7 +7,10 @@ WORKERS ?= 2
 # What the tests use beside Python: an S3 server, a registry, a browser, a container engine.
 TEST_PACKAGES := ceph-mon ceph-osd ceph-common radosgw docker-registry apache2-utils chromium busybox-static docker.io
 
-.PHONY: help install demo demo-down test check bench clean
+# What the chaos suite uses.
+CHAOS_PACKAGES := ceph-mon ceph-osd ceph-common radosgw postgresql busybox-static docker.io
+
+.PHONY: help install demo demo-down test chaos check bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +39,11 @@ test: install ## every test, against a real engine, S3 server, Prefect server an
 	@scripts/debian-packages $(TEST_PACKAGES)
 	@engine=$$(scripts/engine-up) && export "$$engine" && \
 		$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+chaos: install ## kill, cut and corrupt everything while runs go on; CHAOS_SECONDS (480), CHAOS_SEED, CHAOS_ROUND
+	@scripts/debian-packages $(CHAOS_PACKAGES)
+	@scripts/engine-up >/dev/null
+	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) CHAOS_ROUND=$(CHAOS_ROUND) $(BIN)/python -m tests.chaos
 
 check: install ## formatting, types, import directions, spelling
 	$(BIN)/ruff check

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DatasetError, DatasetNotFound
+from ..errors import DatasetError, DatasetNotFound, StoreUnavailable
 from ..manifest import Entry, Summary, Tally, checked, parse, parse_line, sort_key
 from .folder import Found, chunks_of, opened, walk
 from .transfer import Files, Location, Meter, files, in_order, translated
@@ -22,6 +22,7 @@ from .verdicts import Missing
 DATA, LOG, RECORD, MANIFEST = "data/", "log.txt", "task.json", "manifest.jsonl"
 MARKER = "oasis_flows"
 RECORD_MOST_BYTES = 16 << 20
+RECORD_MOST_READINGS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,14 +70,37 @@ def published(location: Location) -> Published | None:
 
 
 def _record(store: Files) -> Mapping[str, object] | None:
+    """The record that is there; `None` where there is none, or any other file of its name.
+
+    That it is another is believed when it has been read twice alike: a bit that flips on the way would make a published
+    dataset a folder of anything.
+    """
+    readings = [_whole(store)]
+    while (found := _parsed(readings[-1])) is None and readings[-1] is not None and readings.count(readings[-1]) < 2:
+        if len(readings) == RECORD_MOST_READINGS:
+            raise StoreUnavailable(f"{RECORD} is another each time that it is read. Try again; check the network.")
+        readings.append(_whole(store))
+    return found
+
+
+def _whole(store: Files) -> bytes | None:
+    """What the record's file holds, or as much as tells that it is too large for one; `None` where there is no file."""
     content = bytearray()
-    try:
+    with suppress(Missing):
         for chunk in store.read(RECORD):
             content += chunk
             if len(content) > RECORD_MOST_BYTES:
-                return None
+                break
+        return bytes(content)
+    return None
+
+
+def _parsed(content: bytes | None) -> Mapping[str, object] | None:
+    if content is None or len(content) > RECORD_MOST_BYTES:
+        return None
+    try:
         found = json.loads(content)
-    except (Missing, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and MARKER in found else None
 

@@ -111,7 +111,7 @@ class Objects:
         top = self._prefix + folder
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=top)
         for page in _translated_each(pages, f"{self._url}/{folder}"):
-            for item in page.get("Contents", ()):
+            for item in _whole_page(page, f"{self._url}/{folder}"):
                 if item["Size"] or not item["Key"].endswith("/"):
                     yield Entry(item["Key"][len(top) :], item["Size"], etag=item.get("ETag", "").strip('"') or None)
 
@@ -210,10 +210,27 @@ def _translated_each(pages: Iterable[dict[str, Any]], where: str) -> Iterator[di
     iterator = iter(pages)
     while True:
         with translated(where):
-            page = next(iterator, None)
+            try:
+                page = next(iterator, None)
+            except ValueError as error:
+                # A time in the answer that is none.
+                raise _damaged(where) from error
         if page is None:
             return
         yield page
+
+
+def _whole_page(page: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The entries of a page of a listing; a bit that flipped in the name of an XML element must not leave one out."""
+    items: list[dict[str, Any]] = page.get("Contents", [])
+    # Not every server counts.
+    if page.get("KeyCount", len(items)) != len(items) or not all("Key" in item and "Size" in item for item in items):
+        raise _damaged(where)
+    return items
+
+
+def _damaged(where: str) -> StoreUnavailable:
+    return StoreUnavailable(f"The listing of {where} arrived damaged. Try again; check the network.")
 
 
 def _awkward(key: str) -> bool:

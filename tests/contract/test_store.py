@@ -25,6 +25,7 @@ from oasis_flows.errors import (
     ChecksumMismatch,
     DatasetError,
     DatasetNotFound,
+    OasisError,
     StoreDenied,
     StoreFull,
     StoreUnavailable,
@@ -793,6 +794,34 @@ def test_a_flipped_bit_is_detected_and_the_file_fetched_again(
         folder, _ = store.stage(place, tmp_path / str(number))
         assert read_tree(folder) == content
         assert proxy.faulted > before
+
+
+def test_a_flipped_bit_never_makes_something_else_of_a_dataset(
+    s3_place: Location, faulty: Location, proxy: FaultProxy, publish: Callable[..., Summary]
+) -> None:
+    publish(s3_place, {"a": b"1"})
+    taken_for = {}
+    for offset in range(0, 700, 7):
+        proxy.set(Faults(flip_bit_at=offset, connections=1))
+        try:
+            taken_for[offset] = store.published(faulty) is not None
+        except OasisError:
+            taken_for[offset] = True
+
+    assert [offset for offset, known in taken_for.items() if not known] == []
+
+
+def test_a_flipped_bit_never_leaves_a_file_out_of_a_folder(s3_place: Location, faulty: Location, proxy: FaultProxy) -> None:
+    put_raw(s3_place, dict.fromkeys("abc", b"1"))
+    found: dict[int, int] = {}
+    for offset in range(300, 1300, 17):
+        proxy.set(Faults(flip_bit_at=offset, connections=2))
+        try:
+            found[offset] = len(list(store.scan(faulty)))
+        except OasisError:
+            found[offset] = 3
+
+    assert {offset: count for offset, count in found.items() if count != 3} == {}
 
 
 def test_bits_that_flip_every_time_are_a_checksum_mismatch(

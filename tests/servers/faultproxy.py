@@ -48,12 +48,13 @@ class FaultProxy:
             self._faults, self._left = faults, faults.connections if faults.connections is not None else 1 << 30
         self.drop()
 
-    def drop(self) -> None:
-        """Reset every open connection."""
+    def drop(self) -> int:
+        """Reset every open connection; return how many sockets that were."""
         with self._lock:
             sockets = list(self._sockets)
         for each in sockets:
             _reset(each)
+        return len(sockets)
 
     def close(self) -> None:
         """Stop listening, and drop everything."""

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import botocore.session
 import pytest
@@ -124,16 +125,18 @@ class S3Server:
     def new_bucket(self) -> str:
         """The name of a new, empty bucket."""
         name = f"b-{secrets.token_hex(6)}"
-        session = botocore.session.Session()
-        client = session.create_client(
+        self.client().create_bucket(Bucket=name)
+        return name
+
+    def client(self) -> Any:
+        """A plain botocore client."""
+        return botocore.session.Session().create_client(
             "s3",
             region_name="us-east-1",
             endpoint_url=self.endpoint,
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
         )
-        client.create_bucket(Bucket=name)
-        return name
 
 
 def free_port() -> int:
