@@ -1,6 +1,6 @@
-"""What people see of a run among its artifacts in Prefect: its page, its output files, and how far a long transfer is.
+"""What people see of a run in Prefect: its page, its output files, how far a long transfer is, and a failure's code.
 
-An artifact that Prefect does not take changes nothing about what becomes of the run: a warning says so, once.
+What Prefect does not take changes nothing about what becomes of the run: a warning says so, once.
 """
 
 from __future__ import annotations
@@ -19,21 +19,25 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.events import emit_event
 from prefect.logging import get_run_logger
 
 from .errors import OasisError
 from .job import counted, human_bytes
 from .manifest import Entry, Summary
 from .store import MANIFEST, read_manifest
+from .verdict import Verdict
 
 PAGE, FILES = "oasis-run", "oasis-output"
+FAILED_EVENT, FAILED_TAG = "oasis-flows.run.failed", "failed:"
 MOST_FILES = 500
 _PATIENCE_SECONDS = 3.0
 
 
 def show_page(text: str, about: str) -> None:
     """Show a page in Markdown as the run's; `about` is what lists of artifacts say of it."""
-    with _harmless("The run's page"):
+    with harmless("The run's page"):
         create_markdown_artifact(text, key=PAGE, description=about)
 
 
@@ -55,8 +59,23 @@ def show_files(files: Sequence[Entry], published: Summary, url: str, *, whole: b
     if more:
         rest = f"all are listed in `{url}/{MANIFEST}`" if whole else f"see `{url}/data` for all"
         about = f"{about} The first {len(files)} are shown, {more} more are not: {rest}."
-    with _harmless("The list of output files"):
+    with harmless("The list of output files"):
         create_table_artifact(rows, key=FILES, description=about)
+
+
+def tell_failure(client: SyncPrefectClient, run_id: UUID, name: str, verdict: Verdict) -> None:
+    """Let automations know the code: by an event of ours, and by a tag that Prefect's own events of the run carry."""
+    resource = {
+        "prefect.resource.id": f"prefect.flow-run.{run_id}",
+        "prefect.resource.name": name,
+        "oasis.code": verdict.code,
+        "oasis.stage": verdict.stage,
+        "oasis.blame": str(verdict.blame),
+        "oasis.transient": str(verdict.transient).lower(),
+    }
+    emit_event(FAILED_EVENT, resource=resource, payload=verdict.to_json())
+    tags = {*client.read_flow_run(run_id).tags, f"{FAILED_TAG}{verdict.code}"}
+    client.update_flow_run(run_id, tags=sorted(tags))
 
 
 class TransferBar:
@@ -83,7 +102,7 @@ class TransferBar:
             return
         # A server that stalls may take minutes to refuse. It is asked once more at the end, so that no bar stays short of it.
         warned, self._given_up = self._given_up, True
-        with suppress(Exception) if warned else _harmless("The progress of a transfer"):
+        with suppress(Exception) if warned else harmless("The progress of a transfer"):
             if self._artifact is None:
                 key = f"oasis-{self._step.replace('_', '-')}"
                 made = create_progress_artifact(percent, key=key, description=self._step.replace("_", " "))
@@ -95,7 +114,8 @@ class TransferBar:
 
 
 @contextmanager
-def _harmless(what: str) -> Iterator[None]:
+def harmless(what: str) -> Iterator[None]:
+    """Warn that `what` could not be shown, rather than fail."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  # see the module

@@ -149,6 +149,7 @@ def reap(options: Options) -> int:
         # A service that stops sends SIGTERM: then nobody comes back for what is left.
         signal.signal(signal.SIGTERM, _raise_hurry)
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             for reaped in reaper.reap_until_quiet(here):
                 _print_reaped(reaped, as_json=options.json)
         except _Hurry:
@@ -173,7 +174,7 @@ def _print_reaped(reaped: reaper.Reaped, *, as_json: bool) -> None:
         print(json.dumps(asdict(reaped)))
         return
     for run_id in reaped.runs:
-        print(f"marked run {run_id} as crashed, because its process is gone")
+        print(f"told Prefect the end of run {run_id}, whose process is gone")
     for run_id in reaped.containers:
         print(f"removed the container of run {run_id}")
     for run_id in reaped.workspaces:

@@ -20,6 +20,7 @@
     │   │   └── NoGpu
     │   └── ContainerLost *          it vanished before its exit was known
     ├── ServerUnavailable *      the Prefect server did not answer
+    ├── ProcessGone *            a run's process was killed; told by the reaper, never raised
     ├── RunInUse                 another process works on this very run
     └── AlgorithmFailed          it ran and failed: read its log; its code is its verdict's
 
@@ -172,6 +173,13 @@ class ServerUnavailable(OasisError):
     """The Prefect server did not answer."""
 
     code = "server_unavailable"
+    transient = True
+
+
+class ProcessGone(OasisError):
+    """The process that worked on a run is gone. The reaper tells Prefect so; nobody raises it."""
+
+    code = "process_gone"
     transient = True
 
 

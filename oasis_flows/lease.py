@@ -14,7 +14,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import RunInUse
@@ -35,7 +35,11 @@ def hold(path: Path) -> Iterator[None]:
     descriptor = _lock_patiently(path)
     try:
         renew(path)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(FileNotFoundError):
+                renew(path)
     finally:
         os.close(descriptor)
 

@@ -7,9 +7,12 @@ called by the run's own `watchdog`, by the next run on the machine, by a schedul
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -18,26 +21,33 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 from prefect.logging import get_run_logger
+from prefect.settings import get_current_settings
 
 from . import settings
+from .artifacts import FAILED_TAG, first_files
 from .documents import patiently
 from .errors import OasisError, UnsafeName
+from .log import last_lines
 from .machine import open_engine
+from .manifest import Summary
 from .plan import Plan
-from .reaper import reap
+from .reaper import LABEL_HOST, reap
+from .record import Account
 from .settings import Settings
-from .tasks import MARKER_PUBLISHED, MARKER_RUN
+from .tasks import MARKER_PUBLISHED, MARKER_RUN, stage_seconds
 from .watchdog import watched
 from .workspace import Workspace, open_workspace
 
-LABEL_OUTPUT, LABEL_STORE, LABEL_HOST = "oasis.output", "oasis.store", "oasis.host"
+LABEL_OUTPUT, LABEL_STORE = "oasis.output", "oasis.store"
 LEFT_BEHIND = "This user may not delete all of the workspace %s, such as files that the container wrote as root. Delete it."
 
 
 def announce(plan: Plan) -> None:
     """Write on the flow run whose it is and where its output goes, so that people and `oasis-flows log` find both."""
     run_id = UUID(plan.run_id)
-    tags = {*runtime.flow_run.tags, f"algorithm:{plan.algorithm_name}", f"dataset:{plan.dataset_name}"}
+    # What an earlier attempt of this run failed of is no longer so.
+    earlier = {tag for tag in runtime.flow_run.tags if not tag.startswith(FAILED_TAG)}
+    tags = {*earlier, f"algorithm:{plan.algorithm_name}", f"dataset:{plan.dataset_name}"}
     labels: dict[str, Any] = {LABEL_OUTPUT: plan.output.url, LABEL_HOST: socket.gethostname()}
     if plan.store is not None and plan.store._block_document_name:
         labels[LABEL_STORE] = plan.store._block_document_name
@@ -51,31 +61,55 @@ def announce(plan: Plan) -> None:
 
 
 @contextmanager
-def owned_workspace(plan: Plan, here: Settings) -> Iterator[Workspace]:
-    """The run's workspace: gone afterwards, unless a retry can go on from it. No container of the run outlives the block."""
-    with watched(), open_workspace(here.workspaces, plan.run_id) as workspace:
+def owned_workspace(here: Settings, account: Account) -> Iterator[Workspace]:
+    """The run's workspace, with its lease held and a watchdog beside it. No container of the run outlives the block.
+
+    What the workspace knows goes to `account` as soon as the steps are over (`account.settle`); then it is emptied, unless
+    a retry can go on from it. Lease and watchdog stay until the block ends: until Prefect can be told.
+
+    Raises:
+        RunInUse: another process works on this run.
+        StoreFull: the folder cannot be made.
+    """
+    with watched(_environment(here)), open_workspace(here.workspaces, str(runtime.flow_run.id)) as workspace:
+        account.settle = partial(_settle, workspace, account, here)
         try:
             _sweep(here)
             yield workspace
-        except OasisError as error:
-            if (error.transient and workspace.is_resumable) or _unpublished(workspace, error):
-                hours = here.keep_seconds / 3600
-                kept = "What is done so far is kept for %g hours in %s; a retry of this run goes on from there."
-                get_run_logger().warning(kept, hours, workspace.path)
-            else:
-                _remove(workspace)
+        except BaseException as error:
+            # Where Prefect tries again in this very process, what is kept stays.
+            if not isinstance(error, OasisError):
+                # An engine that is away now must not turn a cancellation into a failure; the lease tells the reaper.
+                with suppress(OasisError):
+                    open_engine(here).reap(workspace.run_id)
             raise
-        except BaseException:
-            # An engine that is away now must not turn a cancellation into a failure; the lease tells the reaper.
-            with suppress(OasisError):
-                open_engine(here).reap(plan.run_id)
-            raise
-        _remove(workspace)
+        finally:
+            if not workspace.is_resumable:
+                workspace.remove()
 
 
-def _remove(workspace: Workspace) -> None:
-    if not workspace.remove():
+def _settle(workspace: Workspace, account: Account, here: Settings, error: OasisError | None) -> None:
+    """Take down what the workspace knows, and empty it, unless a retry of the run that `error` ended can go on from it."""
+    account.seconds, account.tail = stage_seconds(workspace), last_lines(workspace.log, 30)
+    if published := workspace.done(MARKER_PUBLISHED):
+        account.published = Summary(**published["summary"])
+        account.files = first_files(workspace.published_manifest)
+    if error is not None and ((error.transient and workspace.is_resumable) or _unpublished(workspace, error)):
+        kept = "What is done so far is kept for %g hours in %s; a retry of this run goes on from there."
+        get_run_logger().warning(kept, here.keep_seconds / 3600, workspace.path)
+    elif not workspace.clear():
         get_run_logger().warning(LEFT_BEHIND, workspace.path)
+
+
+def _environment(here: Settings) -> dict[str, str]:
+    """What tells a process that starts elsewhere about this one's home, engine and Prefect server."""
+    prefect = get_current_settings().to_environment_variables(exclude_unset=True)
+    certificates = os.environ.get("DOCKER_CERT_PATH")
+    return {
+        **{name: value for name, value in prefect.items() if value is not None},
+        "OASIS_FLOWS_HOME": str(here.home),
+        **({"DOCKER_CERT_PATH": str(Path(certificates).absolute())} if certificates else {}),
+    }
 
 
 def _unpublished(workspace: Workspace, error: OasisError) -> bool:

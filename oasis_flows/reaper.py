@@ -10,22 +10,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from socket import gethostname
 from typing import Any
 from uuid import UUID
 
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.states import Cancelled, Crashed
 
 from . import lease, workspace
-from .errors import EngineUnavailable
+from .artifacts import tell_failure
+from .errors import EngineUnavailable, ProcessGone
 from .machine import open_engine
 from .settings import Settings
+from .verdict import judge
 from .workspace import Workspace
 
+LABEL_HOST = "oasis.host"
+PROCESS_GONE = "The process that ran it is gone: it was killed, or its worker was stopped. What it left is removed."
 # A run whose last step has failed holds its lease no longer, and Prefect may learn of that late.
 SILENCE_SECONDS = 30.0
 PATIENCE_SECONDS = 600.0
@@ -43,70 +50,104 @@ class Reaped:
 
 
 def reap(settings: Settings, *, now: bool = False) -> Reaped:
-    """Remove containers that nobody owns and workspaces that nobody came back for, and mark runs that died as crashed.
+    """Remove containers that nobody owns and workspaces that nobody came back for, and tell Prefect of runs that died.
 
     So that a retry finds them, a dead run's container may stay for the setting `OASIS_FLOWS_RETRY_WINDOW`, unless `now`, and its
-    workspace for `OASIS_FLOWS_KEEP_HOURS`. A Prefect server that does not answer is no error; it is told by the next call.
+    workspace for `OASIS_FLOWS_KEEP_HOURS`. A Prefect server that does not answer is no error; the next call tells it.
 
     Raises:
-        EngineUnavailable: nobody can tell which containers there are.
+        EngineUnavailable: nobody can tell which containers there are. Prefect was told of the dead runs all the same.
     """
     window = 0.0 if now else settings.retry_window_seconds
+    engine, runs = open_engine(settings), tuple[str, ...]()
     try:
-        runs = _tell_ends(settings, min(window, SILENCE_SECONDS))
-    except Exception as error:  # noqa: BLE001 - whatever Prefect's trouble is, containers must not stay for it
-        logger.warning("Prefect could not be told which runs are dead: %s: %s", type(error).__name__, error)
-        runs = ()
-    containers = open_engine(settings).reap(grace_seconds=window, below=settings.workspaces)
+        # Before Prefect, which may take minutes to say that it is away.
+        containers = engine.reap(grace_seconds=window, below=settings.workspaces)
+    finally:
+        with _noted_if_away():
+            runs = _tell_ends(settings, min(window, SILENCE_SECONDS))
     return Reaped(containers=containers, workspaces=workspace.reap(settings.workspaces, settings.keep_seconds), runs=runs)
 
 
 def reap_until_quiet(settings: Settings) -> Iterator[Reaped]:
     """Reap again and again, until every run that is dead by now has been seen to: as long as the retry window, and a little.
 
-    An engine that does not answer is asked again, ten minutes long.
+    An engine or a Prefect server that does not answer is asked again, ten minutes longer.
     """
-    began = time.monotonic()
-    while (waited := time.monotonic() - began) < PATIENCE_SECONDS:
+    began, window = time.monotonic(), max(settings.retry_window_seconds, SILENCE_SECONDS)
+    while (waited := time.monotonic() - began) < window + PATIENCE_SECONDS:
         try:
             yield reap(settings)
         except EngineUnavailable as error:
             logger.warning("The engine is away; it is asked again. %s", error)
         else:
-            if waited > settings.retry_window_seconds:
+            if waited > min(settings.retry_window_seconds, window) and not _still_silent(settings):
                 return
-        time.sleep(min(5, settings.retry_window_seconds / 4))
+        time.sleep(max(0.5, min(5.0, settings.retry_window_seconds / 4)))
 
 
-def _tell_ends(settings: Settings, silence_seconds: float) -> tuple[str, ...]:
-    """Mark the runs whose process died while Prefect believes them running; return their ids."""
-    silent = [id for id in workspace.abandoned(settings.workspaces, silence_seconds) if _is_run_id(id)]
-    if not silent:
-        return ()
+def _still_silent(settings: Settings) -> bool:
+    """Are there dead runs of which Prefect could not be told?"""
+    try:
+        return bool(_running(_silent(settings, 0)))
+    except Exception:  # noqa: BLE001 - it is away
+        return True
+
+
+@contextmanager
+def _noted_if_away() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever Prefect's trouble is, nothing must stay for it
+        logger.warning("Prefect could not be told which runs are dead: %s: %s", type(error).__name__, error)
+
+
+def _silent(settings: Settings, silence_seconds: float) -> list[UUID]:
+    return [UUID(id) for id in workspace.abandoned(settings.workspaces, silence_seconds) if _is_run_id(id)]
+
+
+def _running(ids: Sequence[UUID]) -> list[FlowRun]:
+    """Those of the runs that Prefect believes running on this machine."""
+    if not ids:
+        return []
     running = FlowRunFilter(
-        id=FlowRunFilterId(any_=[UUID(id) for id in silent]),
+        id=FlowRunFilterId(any_=list(ids)),
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])),
     )
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(flow_run_filter=running)
-        return tuple(str(run.id) for run in found if _tell_end(client, run, settings, silence_seconds))
+    return [run for run in found if run.labels.get(LABEL_HOST, gethostname()) == gethostname()]
 
 
-def _tell_end(client: SyncPrefectClient, run: FlowRun, settings: Settings, silence_seconds: float) -> bool:
-    path = Workspace(settings.workspaces / str(run.id)).lease
-    with lease.taken(path, silence_seconds) as dead:
+def _tell_ends(settings: Settings, silence_seconds: float) -> tuple[str, ...]:
+    """Tell Prefect of the runs whose process died and which it believes running; return their ids."""
+    return tuple(
+        str(run.id) for run in _running(_silent(settings, silence_seconds)) if _tell_end(run, settings, silence_seconds)
+    )
+
+
+def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> bool:
+    place = Workspace(settings.workspaces / str(run.id))
+    with lease.taken(place.lease, silence_seconds) as dead, get_client(sync_client=True) as client:
+        began = [s.timestamp for s in client.read_flow_run_states(run.id) if s.type is StateType.RUNNING]
         # An owner that was last seen before the run began to run was that of an earlier attempt.
-        if not dead or run.state is None or path.stat().st_mtime < run.state.timestamp.timestamp():
+        if not dead or run.state is None or not began or place.lease.stat().st_mtime < max(began).timestamp():
             return False
-        if run.state.is_cancelling():
-            state: State[Any] = Cancelled(message="It was cancelled, and its process is gone.")
-        else:
-            state = Crashed(
-                message="The process that ran it is gone: it was killed, or its worker was stopped. Run it again: "
-                f"prefect flow-run retry {run.id}"
-            )
-        client.set_flow_run_state(run.id, state)
-        return True
+        cancelled, may_return = run.state.is_cancelling(), run.deployment_id is not None
+        verdict = judge(ProcessGone(PROCESS_GONE + (f" Run it again: prefect flow-run retry {run.id}" if may_return else "")))
+        state: State[Any] = (
+            Cancelled(message=verdict.sentence) if cancelled else Crashed(message=str(verdict.sentence + " " + verdict.advice))
+        )
+        if client.set_flow_run_state(run.id, state).status is not SetStateStatus.ACCEPT:
+            return False
+        if not cancelled:
+            with _noted_if_away():
+                tell_failure(client, run.id, run.name, verdict)
+    if cancelled or not may_return:
+        # Nobody comes back for what it left.
+        open_engine(settings).reap(str(run.id))
+        place.remove_abandoned(0)
+    return True
 
 
 def _is_run_id(name: str) -> bool:

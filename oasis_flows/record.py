@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from . import picture
-from .errors import UnsafeName
+from .errors import OasisError, UnsafeName
 from .job import ContainerExit, Reason, counted, human_bytes
 from .manifest import Entry, Summary
 from .plan import Plan
@@ -91,7 +91,8 @@ def loosened(plan: Plan) -> list[str]:
 
 @dataclass(slots=True, kw_only=True)
 class Account:
-    """What is known about a run so far; the flow fills it in as it goes.
+    """What is known about a run so far; the flow fills it in as it goes. `settle` is called once the steps are over, with
+    the error that ended them.
 
     `tail` holds the last lines of the log, `files` the first of those that were published, `document_url` where the output's
     Dataset document is in Prefect's UI, if that has an address.
@@ -106,13 +107,14 @@ class Account:
     files: Sequence[Entry] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     tail: Sequence[str] = ()
+    settle: Callable[[OasisError | None], None] = lambda _: None
 
 
 def page(account: Account, verdict: Verdict) -> str:
     """The page about a run, in Markdown: what became of it, what to do, and where everything is."""
     rows = [("Status", _status(verdict)), *_plan_rows(account), *_exit_rows(account, verdict)]
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows if value)
-    parts = [f"## {verdict.sentence.rstrip('.')}", verdict.advice, verdict.action, f"| | |\n|---|---|\n{table}"]
+    parts = [f"## {_plain(verdict.sentence.rstrip('.'))}", verdict.advice, verdict.action, f"| | |\n|---|---|\n{table}"]
     if account.exit is None or account.plan is None:
         parts += ["### What was seen", _fenced(verdict.evidence)]
     else:
@@ -125,7 +127,8 @@ def _status(verdict: Verdict) -> str:
     if verdict.code == Reason.OK:
         return f"{oasis_status(verdict)} (Prefect says Completed)"
     whose = f"{verdict.blame.value}, in {verdict.stage}" if verdict.blame else verdict.stage
-    return f"{oasis_status(verdict)} (Prefect says Failed): `{verdict.code}`, {whose}"
+    state = "TimedOut" if verdict.code == Reason.TIMED_OUT else "Failed"
+    return f"{oasis_status(verdict)} (Prefect says {state}): `{verdict.code}`, {whose}"
 
 
 def _plan_rows(account: Account) -> list[tuple[str, str]]:
@@ -197,9 +200,14 @@ def _output_rows(plan: Plan, account: Account, verdict: Verdict) -> list[tuple[s
     ]
 
 
+def _plain(text: str) -> str:
+    """The text as it is, where Markdown would take an algorithm's words for its own."""
+    return re.sub(r"([\\`*_\[\]<>!#|~])", r"\\\1", text)
+
+
 def _fenced(lines: Sequence[str]) -> str:
     """The lines as they are, in a fence that none of them can close."""
-    fence = "~" * (max((len(line) - len(line.lstrip("~")) for line in lines), default=0) + 4)
+    fence = "~" * (max((len(run) for line in lines for run in re.findall("~+", line)), default=0) + 4)
     return "\n".join([fence, *lines, fence]) if lines else ""
 
 

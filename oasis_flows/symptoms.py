@@ -65,6 +65,13 @@ GPU_ABSENT = Symptom(
     what="it looked for a GPU and saw none",
     advice="Set `gpu: true` in the Algorithm document, or let it compute without.",
 )
+GPU_UNUSABLE = Symptom(
+    code="no_gpu",
+    blame=Blame.PLATFORM,
+    pattern=GPU_ABSENT.pattern,
+    what="it could not use the GPU that it was given",
+    advice="Look at the machine (`nvidia-smi`), its NVIDIA Container Toolkit, and whether the image holds the CUDA that it needs.",
+)
 GPU_DRIVER = Symptom(
     code="gpu_driver",
     blame=Blame.PLATFORM,
@@ -210,23 +217,46 @@ _ROOM = 64 << 20
 
 
 def recognise(
-    last_words: Sequence[str], *, network: bool, forks_refused: int, disk_free_bytes: int | None
+    last_words: Sequence[str],
+    *,
+    network: bool,
+    gpu: bool,
+    writable_root: bool,
+    forks_refused: int,
+    disk_free_bytes: int | None,
 ) -> tuple[Symptom, str] | None:
     """The symptom in the last words of a container that failed, and the line that shows it.
 
     Args:
         network: it had the network.
+        gpu: it had a GPU.
+        writable_root: it could write elsewhere than to its output and /tmp.
         forks_refused: how often its limit of processes refused one.
         disk_free_bytes: what its output's disk had left at the end; `None` where nobody looked.
     """
-    for line in reversed(last_words):
+    for line in reversed(_decisive(last_words)):
         for symptom in _BY_WORDS:
-            if symptom.pattern.search(line.strip()):
+            if symptom.pattern.search(line):
                 if symptom is NO_NETWORK and network:
                     symptom = NETWORK_FAILED
-                if symptom is DISK_FULL and (disk_free_bytes or 0) > _ROOM:
+                if symptom is GPU_ABSENT and gpu:
+                    symptom = GPU_UNUSABLE
+                if symptom is DISK_FULL and (disk_free_bytes or 0) > _ROOM and not writable_root:
                     symptom = TMP_FULL
-                return symptom, line.strip()
+                return symptom, line
     if forks_refused:
         return PIDS, f"the kernel refused it a new process {forks_refused} times"
     return None
+
+
+# Libraries that find no GPU say so and go on without; TensorFlow and glog mark warnings by a W.
+_WARNING = re.compile(r"\bwarn(ing)?\b|warning:|^\S* ?\S* ?W[\d ]|could not load dynamic library|dlerror", re.IGNORECASE)
+_TRACEBACK = "Traceback (most recent call last):"
+
+
+def _decisive(last_words: Sequence[str]) -> list[str]:
+    """The lines that may say why it ended: no warnings, and of a Python program that raised what came with the exception."""
+    lines = [line.strip() for line in last_words]
+    if _TRACEBACK in lines:
+        lines = lines[len(lines) - lines[::-1].index(_TRACEBACK) :]
+    return [line for line in lines if not _WARNING.search(line)]

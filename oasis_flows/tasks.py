@@ -9,7 +9,6 @@ and no error here.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from . import documents, log, progress, store
 from .artifacts import TransferBar
 from .blocks import Dataset
 from .engines import Engine
-from .errors import OasisError, UnsafeName
+from .errors import OasisError, ServerUnavailable, UnsafeName
 from .job import ContainerExit, ContainerJob, Reason, counted, human_bytes, parse_bytes
 from .machine import open_engine
 from .manifest import Summary
@@ -45,7 +44,18 @@ MARKER_FIRST_TRY = "first_try"
 
 def _may_succeed_later(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     error = state.result(raise_on_failure=False)
-    return isinstance(error, OasisError) and error.transient
+    # The Prefect server has been waited for already.
+    return isinstance(error, OasisError) and error.transient and not isinstance(error, ServerUnavailable)
+
+
+@contextmanager
+def _step(name: str) -> Iterator[None]:
+    """Note on an error which step it ended, and how often that was tried."""
+    try:
+        yield
+    except OasisError as error:
+        error.stage, error.tries = name, runtime.task_run.run_count or 1
+        raise
 
 
 _TRANSFER: dict[str, Any] = {
@@ -59,6 +69,7 @@ _TRANSFER: dict[str, Any] = {
 
 
 @task(**_TRANSFER)
+@_step(MARKER_STAGED)
 def stage_input(plan: Plan, workspace: Workspace) -> tuple[Path, Summary]:
     """Bring the input to this machine; return the folder to mount and what it holds.
 
@@ -67,9 +78,8 @@ def stage_input(plan: Plan, workspace: Workspace) -> tuple[Path, Summary]:
     if done := workspace.done(MARKER_STAGED):
         return Path(done["folder"]), Summary(**done["summary"])
     started = time.monotonic()
-    with _step(MARKER_STAGED):
-        store.check_writable(plan.root)
-        folder, summary = store.stage(plan.source, workspace.path, progress=_progress("Staged", MARKER_STAGED))
+    store.check_writable(plan.root)
+    folder, summary = store.stage(plan.source, workspace.path, progress=_progress("Staged", MARKER_STAGED))
     _finish(workspace, MARKER_STAGED, started, folder=str(folder), summary=asdict(summary))
     files, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
     get_run_logger().info("The input %s has %s, %s.", plan.dataset_name, files, size)
@@ -77,18 +87,19 @@ def stage_input(plan: Plan, workspace: Workspace) -> tuple[Path, Summary]:
 
 
 @task(**_TRANSFER)
+@_step(MARKER_IMAGE)
 def prepare_image(plan: Plan, workspace: Workspace, settings: Settings) -> str:
     """Pull or load the image; return a reference to exactly these bytes."""
     # Not skipped on a retry: the engine may have lost the image since, and asking it costs milliseconds.
     started = time.monotonic()
-    with _step(MARKER_IMAGE):
-        image = open_engine(settings).prepare(plan.image)
+    image = open_engine(settings).prepare(plan.image)
     _finish(workspace, MARKER_IMAGE, started, image=image)
     get_run_logger().info("The image is %s.", image)
     return image
 
 
 @task(**{**_TRANSFER, "retries": 2})
+@_step(MARKER_RUN)
 def run_container(
     plan: Plan, workspace: Workspace, settings: Settings, *, image: str, input_folder: Path
 ) -> tuple[ContainerExit, Verdict]:
@@ -100,16 +111,16 @@ def run_container(
     if done is None:
         started, engine = time.monotonic(), open_engine(settings)
         job = container_job(plan, workspace, image=image, input_folder=input_folder, settings=settings)
-        with _step(MARKER_RUN):
-            exit = _run_with_enough_memory(plan, workspace, engine, job)
-        free = shutil.disk_usage(workspace.path).free
-        done = _finish(workspace, MARKER_RUN, started, exit=exit.to_json(), disk_free_bytes=free)
+        exit = _run_with_enough_memory(plan, workspace, engine, job)
+        done = _finish(workspace, MARKER_RUN, started, exit=exit.to_json(), disk_free_bytes=workspace.disk_free_bytes())
     exit = ContainerExit.from_json(done["exit"])
     case = Case(
         algorithm=plan.algorithm_name,
         exit=exit,
         last_lines=log.last_lines(workspace.log, 30),
         network=plan.algorithm.network,
+        gpu=plan.algorithm.gpu,
+        writable_root=plan.algorithm.writable_root,
         disk_free_bytes=done["disk_free_bytes"],
         action=_action(first_try(workspace), exit),
     )
@@ -160,14 +171,15 @@ def _action(first: ContainerExit | None, exit: ContainerExit) -> str:
         f"It was killed for memory with {human_bytes(first.memory_limit_bytes)}, and run again, once, with "
         f"{human_bytes(exit.memory_limit_bytes)}."
     )
-    peak = exit.memory_peak_bytes
-    if exit.reason is Reason.OUT_OF_MEMORY or peak is None:
+    peak, most = exit.memory_peak_bytes, exit.memory_limit_bytes
+    if exit.reason is not Reason.OK or peak is None or most is None:
         return again
-    enough = -(-peak * 5 // 4 >> 20)
-    return f"{again} It then used {human_bytes(peak)}: `memory: {enough}MiB` would do."
+    enough = min(peak * 5 // 4, most)
+    return f"{again} It then used {human_bytes(peak)}: `memory: {-(-enough >> 20)}MiB` would do."
 
 
 @task(**_TRANSFER)
+@_step(MARKER_PUBLISHED)
 def publish_output(
     plan: Plan,
     workspace: Workspace,
@@ -218,13 +230,12 @@ def publish_output(
                 progress=_progress("Published", MARKER_PUBLISHED),
             )
 
-        with _step(MARKER_PUBLISHED):
-            try:
-                summary = publish(verdict)
-            except UnsafeName as error:
-                error.stage = MARKER_PUBLISHED
-                publish(judge(error))
-                raise
+        try:
+            summary = publish(verdict)
+        except UnsafeName as error:
+            error.stage = MARKER_PUBLISHED
+            publish(judge(error))
+            raise
         _finish(workspace, MARKER_PUBLISHED, started, summary=asdict(summary))
     if exit.reason is not Reason.OK:
         return summary, None
@@ -251,16 +262,6 @@ def _finish(workspace: Workspace, step: str, started: float, **found: object) ->
     done = {**found, "seconds": time.monotonic() - started}
     workspace.mark_done(step, done)
     return done
-
-
-@contextmanager
-def _step(name: str) -> Iterator[None]:
-    """Note on an error which step it ended, and how often that was tried."""
-    try:
-        yield
-    except OasisError as error:
-        error.stage, error.tries = name, runtime.task_run.run_count or 1
-        raise
 
 
 def _progress(verb: str, step: str) -> store.Progress:

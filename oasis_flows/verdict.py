@@ -27,6 +27,7 @@ from .job import ContainerExit, Reason, human_bytes
 from .symptoms import Blame, Symptom, recognise
 
 PUBLISH = "publish_output"
+_SILENT = "It wrote nothing to its log."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,8 @@ class Case:
     exit: ContainerExit
     last_lines: Sequence[str] = ()
     network: bool = False
+    gpu: bool = False
+    writable_root: bool = False
     disk_free_bytes: int | None = None
     action: str = ""
 
@@ -78,7 +81,7 @@ def judge(seen: Case | OasisError) -> Verdict:
 
 def failure(verdict: Verdict, exit: ContainerExit, log: str) -> AlgorithmFailed:
     """The exception that a verdict on a container stands for; `log` says where the whole log is."""
-    said = f" Its last lines: {' | '.join(verdict.evidence)}" if verdict.evidence else ""
+    said = f" {_SILENT}" if verdict.evidence == (_SILENT,) else f" Its last lines: {' | '.join(verdict.evidence)}"
     done = f" {verdict.action}" if verdict.action else ""
     return AlgorithmFailed(f"{verdict.sentence} {verdict.advice}{done}{said} The whole log: {log}", exit, verdict)
 
@@ -120,6 +123,8 @@ def _of_exit(case: Case) -> Verdict:
         found = recognise(
             exit.last_words or case.last_lines,
             network=case.network,
+            gpu=case.gpu,
+            writable_root=case.writable_root,
             forks_refused=exit.forks_refused,
             disk_free_bytes=case.disk_free_bytes,
         )
@@ -141,7 +146,7 @@ def _of_exit(case: Case) -> Verdict:
 def _evidence(case: Case, line: str) -> tuple[str, ...]:
     words = case.exit.last_words or case.last_lines
     found = (line, *words[-5:], case.exit.detail)
-    return tuple(dict.fromkeys(text for text in found if text)) or ("It wrote nothing to its log.",)
+    return tuple(dict.fromkeys(text for text in found if text)) or (_SILENT,)
 
 
 # exit code - 128: https://man7.org/linux/man-pages/man7/signal.7.html

@@ -11,17 +11,20 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 _FAREWELL = b"done"
 
 
 @contextmanager
-def watched() -> Iterator[None]:
-    """Have a watchdog for the time of the block. Without one (no process can be made) the block runs all the same."""
-    # Its environment must not look like that of the run itself.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
+def watched(changes: Mapping[str, str]) -> Iterator[None]:
+    """Have a watchdog for the time of the block. Without one (no process can be made) the block runs all the same.
+
+    Its environment is this process's with `changes`; it works elsewhere, so what is relative here means nothing to it.
+    """
+    # It must not look like the run itself.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")} | dict(changes)
     watchdog: subprocess.Popen[bytes] | None = None
     with suppress(OSError):
         # In a session of its own it gets neither the terminal's signals nor those for the worker's process group.
@@ -48,6 +51,8 @@ def _watch() -> None:
     signal.signal(signal.SIGTERM, lambda *_: hurry.append("--now"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.stdin.buffer.read() != _FAREWELL:
+        # Until the command has a handler of its own the signal has to wait.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         os.execv(sys.executable, [sys.executable, "-m", "oasis_flows", "reap", *(hurry or ["--wait"])])  # noqa: S606
 
 

@@ -99,6 +99,24 @@ class Workspace:
             self.output.chmod(0o777)
         return self.output
 
+    def disk_free_bytes(self) -> int | None:
+        """What the disk of the workspace has left; `None` where nobody can tell."""
+        try:
+            return shutil.disk_usage(self.path).free
+        except OSError:
+            return None
+
+    def clear(self) -> bool:
+        """Delete everything but the lease, which the owner goes on to hold; is it gone?
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+        """
+        for child in self.path.iterdir():
+            if child != self.lease:
+                _delete(child)
+        return all(child == self.lease for child in self.path.iterdir())
+
     def remove(self) -> bool:
         """Delete the folder; is it gone? For its owner only.
 
@@ -106,10 +124,7 @@ class Workspace:
         so that a half-deleted folder still says whose it is.
         """
         try:
-            for child in self.path.iterdir():
-                if child != self.lease:
-                    _delete(child)
-            if any(child != self.lease for child in self.path.iterdir()):
+            if not self.clear():
                 return False
             self.lease.unlink(missing_ok=True)
         except FileNotFoundError:

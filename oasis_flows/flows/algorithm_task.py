@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
 from typing import Annotated, Any, cast
 
 from prefect import runtime
@@ -12,14 +14,14 @@ from pydantic import WithJsonSchema, WrapValidator
 
 from .. import documents, settings
 from ..blocks import Algorithm, Dataset, DatasetStore
-from ..documents import document_flow
+from ..documents import document_flow, patiently
 from ..errors import DatasetError, OasisError
 from ..job import ContainerExit, Reason
 from ..lifecycle import announce, clean_up, owned_workspace
 from ..manifest import Summary
 from ..plan import Plan, plan_run
 from ..record import Account
-from ..reporting import failed, noted, show
+from ..reporting import failed, succeeded
 from ..tasks import prepare_image, publish_output, run_container, stage_input
 from ..verdict import Verdict, failure
 from ..workspace import Workspace
@@ -71,28 +73,34 @@ def algorithm_task(
         EngineError: the container engine failed; what the algorithm would have done is unknown.
     """
     account = Account()
-    try:
-        here = settings.current()
-        account.plan = plan = plan_run(
-            documents.resolved(Algorithm, algorithm),
-            documents.resolved(Dataset, input_dataset),
-            output_name=output_name,
-            store=documents.resolved(DatasetStore, store) if store else documents.find(DatasetStore, "default"),
-            parameters=parameters,
-            settings=here,
-            run_id=str(runtime.flow_run.id),
-            attempt=runtime.flow_run.run_count or 1,
-        )
-        announce(plan)
-        with owned_workspace(plan, here) as workspace, noted(account, workspace):
+    with ExitStack() as owned:
+        try:
+            here = settings.current()
+            workspace = owned.enter_context(owned_workspace(here, account))
+            decide = partial(
+                plan_run,
+                output_name=output_name,
+                parameters=parameters,
+                settings=here,
+                run_id=workspace.run_id,
+                attempt=runtime.flow_run.run_count or 1,
+            )
+            account.plan = plan = patiently(
+                lambda: decide(
+                    documents.resolved(Algorithm, algorithm),
+                    documents.resolved(Dataset, input_dataset),
+                    store=documents.resolved(DatasetStore, store) if store else documents.find(DatasetStore, "default"),
+                )
+            )
+            announce(plan)
             account.image = image = prepare_image(plan, workspace, here)
             input_folder, account.staged = stage_input(plan, workspace)
             account.exit, verdict = run_container(plan, workspace, here, image=image, input_folder=input_folder)
             dataset = _publish(account, workspace, verdict)
-    except OasisError as error:
-        return cast(Dataset, failed(error, account))
-    show(account, verdict)
-    return dataset
+        except OasisError as error:
+            return cast(Dataset, failed(error, account))
+        succeeded(account, verdict)
+        return dataset
 
 
 def _publish(account: Account, workspace: Workspace, verdict: Verdict) -> Dataset:

@@ -126,6 +126,7 @@ def test_a_killed_process_of_ones_own_is_told_and_cleaned_up_by_its_watchdog(fra
     assert message.startswith("The process that ran it is gone: it was killed, or its worker was stopped.")
     eventually(lambda: not containers_of(docker_api, workspace.name), 40)
     eventually(lambda: not watchdogs(server), 40)
+    assert not workspace.exists()
 
 
 def test_a_watchdog_that_is_told_to_stop_cleans_up_at_once(fragile, docker_api, documents):

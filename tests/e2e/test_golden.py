@@ -145,7 +145,7 @@ def test_a_command_that_fails_is_explained_and_makes_no_dataset(ran, image, comm
     assert sentence in done.message
     assert advice in str(done.result)
     assert {path.name for path in done.folder.iterdir()} == {"log.txt", "task.json"}
-    assert done.record["verdict"]["sentence"] == done.message.removeprefix("The algorithm ")
+    assert done.record["verdict"]["sentence"] == done.message
     assert documents.find(Dataset, done.record["output"]["name"]) is None
     assert not done.workspace.exists()
 

@@ -141,7 +141,7 @@ def test_what_programs_say_is_understood(line: str, symptom: Symptom) -> None:
 
 def test_every_symptom_has_a_captured_sentence() -> None:
     made = {value for value in vars(symptoms).values() if isinstance(value, Symptom)}
-    in_context = {symptoms.TMP_FULL, symptoms.NETWORK_FAILED}
+    in_context = {symptoms.TMP_FULL, symptoms.NETWORK_FAILED, symptoms.GPU_UNUSABLE}
 
     assert {symptom.code for symptom in made - in_context} == {symptom.code for _, symptom in SAID}
 
@@ -159,6 +159,31 @@ def test_other_words_mean_nothing(line: str) -> None:
 def test_the_network_is_only_missing_where_it_was_not_given() -> None:
     assert verdict(ended(Reason.EXIT_NONZERO, 1, CURL), network=False).code == "no_network"
     assert verdict(ended(Reason.EXIT_NONZERO, 1, CURL), network=True).code == "network_failed"
+
+
+WARNED = "UserWarning: CUDA initialization: Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"
+TENSORFLOW_WARNED = (
+    "2023-01-01 12:00:00.000000: W tensorflow/stream_executor/platform/default/dso_loader.cc:64] Could not load dynamic library "
+    "'libcuda.so.1'; dlerror: libcuda.so.1: cannot open shared object file: No such file or directory"
+)
+
+
+@pytest.mark.parametrize("warning", [WARNED, TENSORFLOW_WARNED])
+def test_a_warning_is_not_what_ended_it(warning: str) -> None:
+    raised = ("Traceback (most recent call last):", '  File "run.py", line 3, in <module>', "KeyError: 'depth'")
+    assert verdict(ended(Reason.EXIT_NONZERO, 1, warning, *raised)).code == "exit_nonzero"
+    assert verdict(ended(Reason.EXIT_NONZERO, 1, warning)).code == "exit_nonzero"
+    # What was said long before an exception did not end it, either.
+    assert verdict(ended(Reason.EXIT_NONZERO, 1, CURL, *raised)).code == "exit_nonzero"
+
+
+def test_a_gpu_that_was_given_and_is_not_seen_is_the_machines() -> None:
+    exit = ended(Reason.EXIT_NONZERO, 1, NO_GPUS)
+    assert (verdict(exit, gpu=True).blame, verdict(exit, gpu=False).blame) == (Blame.PLATFORM, Blame.DESCRIPTION)
+
+
+def test_with_a_writable_root_the_full_disk_may_be_the_engines() -> None:
+    assert verdict(ended(Reason.EXIT_NONZERO, 1, BUSYBOX_FULL), disk_free_bytes=GIB, writable_root=True).code == "disk_full"
 
 
 def test_a_full_disk_is_told_from_a_full_tmp_by_what_the_disk_has_left() -> None:
