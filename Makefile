@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # What the tests use beside Python: an S3 server, a registry, a browser, a container engine.
-TEST_PACKAGES := ceph-mon ceph-osd ceph-common radosgw docker-registry apache2-utils chromium busybox-static docker.io
+TEST_PACKAGES := ceph-mon ceph-osd ceph-common radosgw docker-registry apache2-utils chromium busybox-static docker.io podman catatonit
 
 .PHONY: help install demo demo-down test check bench clean
 
