@@ -5,7 +5,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 
 # What the tests use beside Python: an S3 server, a registry, a browser, a container engine.
-TEST_PACKAGES := ceph-mon ceph-osd ceph-common radosgw docker-registry apache2-utils chromium busybox-static docker.io
+TEST_PACKAGES := ceph-mon ceph-osd ceph-common radosgw docker-registry apache2-utils chromium busybox-static docker.io podman catatonit
 
 # What the chaos suite uses.
 CHAOS_PACKAGES := ceph-mon ceph-osd ceph-common radosgw postgresql busybox-static docker.io

@@ -47,8 +47,8 @@ def _engine(settings: Settings) -> Iterator[Finding]:
         yield Finding("engine", "missing", str(error), "make demo installs one on Debian; or: apt-get install docker.io")
         return
     yield Finding("engine", "ok", facts.name)
-    for limit in facts.not_enforced:
-        yield Finding("engine", "note", f"does not enforce {limit}", "algorithms that rely on it are refused here")
+    if facts.not_enforced:
+        yield Finding("engine", "missing", f"cannot limit {' and '.join(facts.not_enforced)}", facts.how_to_enforce)
     if facts.gpu:
         yield Finding("gpu", "ok", facts.gpu)
     else:

@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -135,7 +136,14 @@ def oci_archive(path: Path, *images: TinyImage, packed: bool = False, media: str
 
 @pytest.fixture(scope="session")
 def busybox(docker_api: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The name of an image with a shell in the machine's engine; nobody else has it, and it goes at the end."""
+    """The name of an image with a shell in the machine's engine."""
+    with shell_image(docker_api, tmp_path_factory.mktemp("image")) as name:
+        yield name
+
+
+@contextmanager
+def shell_image(api: Any, folder: Path) -> Iterator[str]:
+    """The name of an image with a shell in an engine, for the time of the block; nobody else has it."""
     name = f"oasis-test/busybox:{uuid.uuid4().hex[:12]}"
     strange = {
         "opt/noexec": (0o644, b"#!/bin/sh\n"),
@@ -143,7 +151,7 @@ def busybox(docker_api: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "opt/unique": (0o644, name.encode()),
     }
     image = TinyImage(tags=(name,), layers=(busybox_layer(), layer(strange)))
-    with docker_archive(tmp_path_factory.mktemp("image") / "busybox.tar", image).open("rb") as archive:
-        list(docker_api.load_image(archive))
+    with docker_archive(folder / "busybox.tar", image).open("rb") as archive:
+        list(api.load_image(archive))
     yield name
-    docker_api.remove_image(name, force=True)
+    api.remove_image(name, force=True)

@@ -30,11 +30,16 @@ __all__ = ["Description", "Engine"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """An engine in words. `gpu` is `None` where it has none to give; `not_enforced` names limits that it cannot hold."""
+    """An engine in words. `gpu` is `None` where it has none to give.
+
+    `not_enforced` names the limits that it cannot hold a container to, and `how_to_enforce` says what to change on its
+    machine. Where one is named, `prepare` and `run` refuse every image and job.
+    """
 
     name: str
     gpu: str | None
     not_enforced: tuple[str, ...] = ()
+    how_to_enforce: str = ""
 
 
 class Engine(Protocol):
@@ -45,6 +50,7 @@ class Engine(Protocol):
 
         Raises:
             ImageNotFound, InvalidImageFile: the description is wrong.
+            UnsupportedByEngine: the engine cannot run it, or cannot hold any container to its limits.
             ImageDenied, RegistryUnavailable, EngineUnavailable: the surroundings are.
         """
         ...

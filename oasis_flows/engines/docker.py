@@ -24,7 +24,7 @@ __all__ = ["DockerEngine", "connect"]
 
 
 def connect() -> DockerClient:
-    """A client of the first engine that answers: `DOCKER_HOST` if it is set, else Docker's socket, else Podman's.
+    """A client of the first engine that answers: `DOCKER_HOST` if it is set, else Docker's sockets, else Podman's.
 
     Raises:
         EngineUnavailable: none answers; the message says what was tried and how to get one.
@@ -35,7 +35,8 @@ def connect() -> DockerClient:
         with translated(f"connecting to DOCKER_HOST={os.environ['DOCKER_HOST']}"):
             return docker.from_env(version="auto")
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    sockets = ["/var/run/docker.sock", *([f"{runtime}/podman/podman.sock"] if runtime else []), "/run/podman/podman.sock"]
+    rootless = [f"{runtime}/docker.sock", f"{runtime}/podman/podman.sock"] if runtime else []
+    sockets = ["/var/run/docker.sock", *rootless, "/run/podman/podman.sock"]
     tried = []
     for socket in sockets:
         if not Path(socket).exists():
@@ -79,10 +80,12 @@ class DockerEngine:
 
         Raises:
             ImageNotFound, InvalidImageFile, DescriptionError: the description is wrong.
-            UnsupportedByEngine: the image is made for another architecture.
+            UnsupportedByEngine: the image is made for another architecture, or the engine cannot hold a container to its
+                limits; then nothing is fetched.
             ImageDenied, RegistryUnavailable, EngineUnavailable: the surroundings are.
         """
         with self._api("preparing an image") as api:
+            spec.refuse_unenforced(api.info())
             if image.image_id:
                 return docker_image.pull(api, image.image_id, image.login)
             assert image.image_file is not None  # noqa: S101 - ImageSource takes care of it
@@ -127,6 +130,7 @@ class DockerEngine:
             f"{human_bytes(info.get('MemTotal'))}, cgroup v{info.get('CgroupVersion', 1)}",
             gpu=spec.gpu_support(info),
             not_enforced=spec.not_enforced(info),
+            how_to_enforce=spec.how_to_enforce(info) if spec.not_enforced(info) else "",
         )
 
     def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0, below: Path | None = None) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from ..errors import (
     DescriptionError,
@@ -24,6 +25,9 @@ from ..errors import (
 )
 from ..job import Reason
 
+if TYPE_CHECKING:
+    from docker.errors import APIError
+
 HOW_TO_GET_AN_ENGINE = (
     "Start one (on Debian: apt-get install docker.io, then systemctl start docker), or set DOCKER_HOST to one that runs; "
     "the user needs the right to open its socket (group docker)."
@@ -31,6 +35,10 @@ HOW_TO_GET_AN_ENGINE = (
 HOW_TO_GET_A_GPU = (
     "Install NVIDIA's driver and the NVIDIA Container Toolkit on the engine's machine (nvidia-ctk runtime configure, then "
     "restart the engine), use a work pool whose workers have a GPU, or set `gpu` to false in the Algorithm document."
+)
+HOW_TO_DELEGATE = (
+    "It runs rootless, and its machine hands cgroup controllers to root alone. Write the lines [Service] and "
+    "Delegate=cpu cpuset io memory pids into /etc/systemd/system/user@.service.d/delegate.conf, and restart the machine."
 )
 
 _WRONG_PLATFORM = re.compile(r"no matching manifest for|does not match the (specified|host|detected) platform", re.IGNORECASE)
@@ -70,6 +78,11 @@ _BAD_REQUEST = re.compile(
 )
 _UNSUPPORTED = re.compile(
     r"not supported|range of cpus|no such plugin|unknown log driver|not compiled|seccomp.*not enabled", re.IGNORECASE
+)
+_NO_CONTROLLER = re.compile(
+    r"cgroup controller \W?\w+\W? is not available|opening file \W?(cpu|memory|pids)\.max\W? for writing"
+    r"|cannot (set|specify resource) limits without cgroups",
+    re.IGNORECASE,
 )
 # docker-init is tini, Podman's is catatonit: they start the command, so it is they who find out that it is not there.
 _INIT_FAILED = re.compile(
@@ -131,6 +144,10 @@ def start_error(container: str, words: str, *, status: int | None = None) -> Oas
             f"A folder to mount into {container} does not exist on the engine's machine. The worker and the engine must share "
             f"the folder of the workspaces; an engine elsewhere cannot see this machine's files.{said}"
         )
+    if _NO_CONTROLLER.search(words):
+        return UnsupportedByEngine(
+            f"The engine cannot hold {container} to its limits, so it did not start. {HOW_TO_DELEGATE}{said}"
+        )
     if _BAD_REQUEST.search(words):
         return DescriptionError(f"The engine refuses the description of {container}. Correct the Algorithm document.{said}")
     for pattern, reason in (
@@ -156,13 +173,19 @@ def init_failure(exit_code: int, stdout_bytes: int, stderr_head: bytes, stderr_b
         # tini's execvp hands a file of an unknown format to /bin/sh, which reads the program as a script.
         return Reason.EXEC_FORMAT, "the shell was given a program of another architecture to read"
     found = _INIT_FAILED.fullmatch(stderr_head)
-    if stdout_bytes or stderr_bytes != len(stderr_head) or exit_code not in (126, 127) or not found:
+    # catatonit ends with 1, whatever it was.
+    if stdout_bytes or stderr_bytes != len(stderr_head) or not found or exit_code not in ((126, 127) if found[1] else (1,)):
         return None
     words = (found[1] or found[2]).decode("utf-8", "replace")
     detail = stderr_head.decode("utf-8", "replace").strip()
     if "Exec format" in words or "exec format" in words:
         return Reason.EXEC_FORMAT, detail
     return (Reason.NOT_EXECUTABLE if "ermission denied" in words else Reason.COMMAND_NOT_FOUND), detail
+
+
+def is_gone(error: APIError) -> bool:
+    """Does the refusal say that the container is not there? Podman answers 500 about one that is just being removed."""
+    return error.status_code == 404 or "no such container" in words_of(error)
 
 
 def words_of(error: BaseException) -> str:

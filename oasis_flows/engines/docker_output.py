@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ContainerLost, EngineUnavailable
 from ..job import LogSink, Stream
-from .docker_errors import translated
+from .docker_errors import is_gone, translated
 from .docker_verdict import parse_time
 
 _STREAMS: dict[int, Stream] = {1: "stdout", 2: "stderr"}
@@ -182,7 +182,9 @@ class Pump(threading.Thread):
                 with translated("asking for the state of a container"):
                     try:
                         self.state = self._api.inspect_container(self._id)["State"]
-                    except docker.errors.NotFound as error:
+                    except docker.errors.APIError as error:
+                        if not is_gone(error):
+                            raise
                         raise ContainerLost(
                             f"The container {self._id[:12]} vanished while it ran. Somebody removed it; run it again."
                         ) from error

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import lease
 from ..errors import ContainerLost, EngineError, EngineUnavailable, ImageNotFound, NoGpu, UnsupportedByEngine
@@ -21,6 +21,9 @@ from .docker_usage import UsageWatch
 from .docker_verdict import Evidence, container_exit, parse_time
 from .quota import Passed, Watch
 from .usage import Usage
+
+if TYPE_CHECKING:
+    from docker.errors import APIError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -143,7 +146,11 @@ class Supervision:
         """Start the container if it is fresh, and stay with it to its end. Whatever is raised, it is being stopped."""
         import docker.errors
 
-        attached = self._attach() if self._container.fresh else None
+        try:
+            attached = self._attach() if self._container.fresh else None
+        except docker.errors.APIError as error:
+            # Podman looks for the container's user now, and not when it makes or starts it.
+            return self._not_started(error)
         pump = Pump(self._api, self._container.id, self._delivery, attached, self._patience)
         quota = Watch(self._job)
         try:
@@ -151,9 +158,7 @@ class Supervision:
                 try:
                     self._api.start(self._container.id)
                 except docker.errors.APIError as error:
-                    words = words_of(error)
-                    meaning = start_error(spec.container_name(self._job), words, status=error.status_code)
-                    return not_started(self._job, meaning, words, self._container.in_force)
+                    return self._not_started(error)
             pump.start()
             with quota:
                 return self._watch(pump, quota)
@@ -162,6 +167,11 @@ class Supervision:
                 self._stop(pump)
             if attached is not None:
                 attached.close()
+
+    def _not_started(self, error: APIError) -> ContainerExit:
+        words = words_of(error)
+        meaning = start_error(spec.container_name(self._job), words, status=error.status_code)
+        return not_started(self._job, meaning, words, self._container.in_force)
 
     def _attach(self) -> Any:
         wanted = {"stdout": 1, "stderr": 1, "stream": 1}

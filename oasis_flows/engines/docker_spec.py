@@ -1,7 +1,7 @@
 """A job in the Docker Engine API's own words, and what the engine made of it: pure functions over JSON.
 
 The environment in the container is the image's, the job's over it, and three names that engine and runtime add when
-neither has them: HOSTNAME (the container's id), HOME (of its user) and PATH. With `entrypoint` given and `command` not,
+neither has them: HOSTNAME (the container's id), HOME (of its user) and PATH; Podman adds TERM and `container`, too. With `entrypoint` given and `command` not,
 the image's own CMD is dropped, as `docker run --entrypoint` does.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import UnsupportedByEngine
 from ..job import ContainerJob, Resources
+from .docker_errors import HOW_TO_DELEGATE
 
 RUN_ID = "io.oasis.run-id"
 ATTEMPT = "io.oasis.attempt"
@@ -29,8 +30,12 @@ PACKAGE_NAME = "oasis-flows"
 
 # A run that comes back after its process died reads its log here, so the driver must keep bytes exactly and keep all of
 # them: `local` does; `json-file` replaces what is not UTF-8. The bound stops a flood from filling the engine's disk; a
-# longer log is still whole for a run that stays attached, for then nothing is read back.
-KEPT_LOG = {"max-size": "256m", "max-file": "4", "compress": "false"}
+# longer log is still whole for a run that stays attached, for then nothing is read back. Podman's `k8s-file` keeps them
+# too, and its usual driver may be journald; with a bound it would drop what came first, so it has none.
+KEPT_LOG: Mapping[str, Mapping[str, str]] = {
+    "local": {"max-size": "256m", "max-file": "4", "compress": "false"},
+    "k8s-file": {},
+}
 
 _DISCARDED = re.compile(r"discarded|not support|does not match|without swap|not compiled|not mounted", re.IGNORECASE)
 # fmt: off
@@ -113,8 +118,9 @@ def _host_config(job: ContainerJob, info: Mapping[str, Any], image: Mapping[str,
         config["MemorySwap"] = resources.memory_bytes
     if resources.shm_bytes:
         config["ShmSize"] = resources.shm_bytes
-    if "local" in ((info.get("Plugins") or {}).get("Log") or ()):
-        config["LogConfig"] = {"Type": "local", "Config": KEPT_LOG}
+    drivers = (info.get("Plugins") or {}).get("Log") or ()
+    if driver := next((name for name in KEPT_LOG if name in drivers), None):
+        config["LogConfig"] = {"Type": driver, "Config": KEPT_LOG[driver]}
     return config
 
 
@@ -125,9 +131,38 @@ def _device_requests(resources: Resources) -> list[dict[str, Any]]:
 
 
 def not_enforced(info: Mapping[str, Any]) -> tuple[str, ...]:
-    """The limits that the engine itself says it cannot hold a container to."""
+    """The limits that the engine cannot hold a container to, as far as it says.
+
+    On cgroup v1 only root may set limits. A rootless dockerd says so here, and repeats the limits of a container as if
+    they were in force; a rootless Podman says here that it has them all, and drops them from each container.
+    """
     limits = {"MemoryLimit": "memory", "CpuCfsQuota": "cpus", "PidsLimit": "pids"}
-    return tuple(word for key, word in limits.items() if info.get(key) is False)
+    powerless = _rootless(info) and not _cgroup_v2(info)
+    return tuple(word for key, word in limits.items() if powerless or info.get(key) is False)
+
+
+def how_to_enforce(info: Mapping[str, Any]) -> str:
+    """Why an engine may not hold a container to its limits, and what to change on its machine."""
+    if not _rootless(info):
+        return (
+            "Its machine has the cgroup controllers switched off, or not mounted: /proc/cgroups and /sys/fs/cgroup show "
+            "which. Boot with cgroup_enable=memory on the kernel's command line, or mount them, and restart the engine."
+        )
+    if not _cgroup_v2(info):
+        return (
+            "It runs rootless on cgroup v1, where only root may set limits. Use an engine that runs as root, or boot its "
+            "machine with cgroup v2 (systemd.unified_cgroup_hierarchy=1 on the kernel's command line)."
+        )
+    return HOW_TO_DELEGATE
+
+
+def _rootless(info: Mapping[str, Any]) -> bool:
+    # Docker's word is a security option, Podman's a field of its own.
+    return bool(info.get("Rootless")) or "name=rootless" in (info.get("SecurityOptions") or ())
+
+
+def _cgroup_v2(info: Mapping[str, Any]) -> bool:
+    return str(info.get("CgroupVersion", 1)) == "2"
 
 
 def gpu_support(info: Mapping[str, Any]) -> str | None:
@@ -147,13 +182,13 @@ def refuse_unenforced(info: Mapping[str, Any]) -> None:
     Swap is not asked for: where the kernel cannot count it, memory itself is still limited.
 
     Raises:
-        UnsupportedByEngine: it says itself that it cannot; the message names the limits.
+        UnsupportedByEngine: it says that it cannot; the message names the limits, and what to change on its machine.
     """
     missing = not_enforced(info)
     if missing:
         raise UnsupportedByEngine(
-            f"The engine cannot limit {' and '.join(missing)}. Its kernel lacks the cgroup controllers, or it runs rootless "
-            "on cgroup v1; run it as root, or on a machine with cgroup v2."
+            f"The container engine cannot limit {' and '.join(missing)}, and no algorithm runs without limits. "
+            f"{how_to_enforce(info)}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import signal
@@ -19,7 +20,7 @@ import docker
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from oasis_flows import lease
+from oasis_flows import doctor, lease, machine, settings as flow_settings
 from oasis_flows.engines import docker_run, docker_spec
 from oasis_flows.engines.docker import DockerEngine
 from oasis_flows.errors import (
@@ -298,6 +299,25 @@ class TestRefusals:
             docker_engine.run(job, log)
         assert not log.pieces
         assert containers_of(docker_api, job.run_id) == []
+
+    def test_an_engine_that_cannot_limit(self, make_job: Make, tmp_path: Path) -> None:
+        archive = docker_archive(tmp_path / "image.tar", TinyImage(tags=("t:1",)))
+        with private_engine(without=("memory", "pids")) as private:
+            private.load(archive)
+            engine, log = DockerEngine(private.connect), Log()
+            assert engine.describe().not_enforced == ("memory", "pids")
+            with pytest.raises(UnsupportedByEngine, match=r"cannot limit memory and pids, .* cgroup_enable=memory"):
+                engine.prepare(ImageSource(image_id="nobody.invalid/never/asked:1"))
+            with pytest.raises(UnsupportedByEngine, match=r"cannot limit memory and pids, "):
+                engine.run(make_job("echo", "started", image="t:1"), log)
+            with machine.stand_in(engine):
+                known, missing = itertools.islice(doctor.examine(flow_settings.current()), 2)
+            assert (known.status, missing.check, missing.status) == ("ok", "engine", "missing")
+            assert missing.found == "cannot limit memory and pids"
+            with contextlib.closing(private.connect()) as client:
+                assert not client.api.containers(all=True)
+            assert not log.pieces
+        assert Path("/sys/fs/cgroup/memory").is_mount()
 
     def test_no_engine(self, make_job: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")

@@ -63,10 +63,13 @@ def make_job(docker_api: Any, busybox: str, tmp_path: Path) -> Iterator[Callable
 
 
 class PrivateEngine:
-    """A dockerd of one's own in a folder: no bridge, so containers have no network but their own loopback."""
+    """A dockerd of one's own in a folder: no bridge, so containers have no network but their own loopback.
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.folder, self.options = folder, options
+    It sees a machine of cgroup v1 on which the controllers `without` are not mounted.
+    """
+
+    def __init__(self, folder: Path, *options: str, without: tuple[str, ...] = ()) -> None:
+        self.folder, self.options, self.without = folder, options, without
         self.host = f"unix://{folder}/docker.sock"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -80,9 +83,16 @@ class PrivateEngine:
         where = ["--host", self.host, "--pidfile", f"{self.folder}/docker.pid", "--data-root", f"{self.folder}/data"]
         alone = ["--exec-root", f"{self.folder}/run", "--bridge", "none", "--iptables=false", "--ip6tables=false"]
         with (self.folder / "log").open("ab") as log:
-            # A dockerd without a bridge removes docker0 from its network namespace: it must not be the machine's.
+            # A dockerd without a bridge removes docker0 from its network namespace: it must not be the machine's. What is
+            # unmounted in a mount namespace of one's own stays mounted elsewhere; but removing the empty folder then would
+            # unmount it everywhere, for the folder is the machine's.
+            unmounted = [f"/sys/fs/cgroup/{name}" for name in self.without]
+            apart = ["unshare", "--net", "--mount", "sh", "-c", f'umount {" ".join(unmounted)} && exec "$@"', "sh"]
             self.process = subprocess.Popen(
-                ["unshare", "--net", "dockerd", *where, *alone, *self.options], stdout=log, stderr=log, start_new_session=True
+                [*(apart if unmounted else apart[:2]), "dockerd", *where, *alone, *self.options],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         for _ in range(300):
             with contextlib.suppress(docker.errors.DockerException), contextlib.closing(self.connect()):
@@ -108,10 +118,10 @@ class PrivateEngine:
 
 
 @contextlib.contextmanager
-def private_engine(*options: str) -> Iterator[PrivateEngine]:
+def private_engine(*options: str, without: tuple[str, ...] = ()) -> Iterator[PrivateEngine]:
     """A private engine for the time of the block. A test may have stopped or killed it; nothing of it stays."""
     folder = Path(tempfile.mkdtemp(prefix="oasis-dockerd-"))  # a socket's path holds 107 bytes, pytest's folders may not fit
-    engine = PrivateEngine(folder, *options)
+    engine = PrivateEngine(folder, *options, without=without)
     try:
         engine.start()
         yield engine
