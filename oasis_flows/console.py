@@ -19,6 +19,7 @@ from . import catalogue, documents, progress, reaper, settings, store as stores
 from .blocks import Algorithm, Dataset, DatasetStore
 from .command import from_text
 from .doctor import examine
+from .documents import denied
 from .errors import DescriptionError, OasisError
 from .flows.algorithm_task import algorithm_task
 from .job import counted, human_bytes
@@ -200,6 +201,8 @@ def doctor(options: Options) -> int:
 def translated(error: Exception) -> tuple[str, int]:
     """A sentence and an exit code for an exception that is not ours."""
     text = " ".join(str(error).split())
+    if refusal := denied(error):
+        return str(refusal), refusal.exit_code
     if type(error).__module__.startswith("pydantic"):
         return f"{'; '.join(catalogue.problems_of(cast(Any, error)))}.", 2
     if type(error).__module__.startswith(("httpx", "httpcore")):

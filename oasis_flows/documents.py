@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError
 from prefect.flows import Flow
 
-from .errors import DescriptionError, ServerUnavailable
+from .errors import DescriptionError, ServerDenied, ServerUnavailable
 
 PATIENCE_SECONDS = 600.0
 
@@ -65,6 +65,7 @@ def patiently(ask: Callable[[], R]) -> R:
 
     Raises:
         ServerUnavailable: it still does not answer.
+        ServerDenied: it refuses.
     """
     until = time.monotonic() + PATIENCE_SECONDS
     while True:
@@ -72,7 +73,7 @@ def patiently(ask: Callable[[], R]) -> R:
             return ask()
         except (httpx.TransportError, httpx.HTTPStatusError) as error:
             if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
-                raise
+                raise denied(error) or error from error
             if time.monotonic() > until:
                 raise ServerUnavailable(
                     f"The Prefect server does not answer. Start it again, and retry the run: nothing done so far is lost. "
@@ -80,6 +81,16 @@ def patiently(ask: Callable[[], R]) -> R:
                 ) from error
         # Prefect's own client has waited a minute by now, unless it was answered.
         time.sleep(1)
+
+
+def denied(error: Exception) -> ServerDenied | None:
+    """What it means, if it is the Prefect server's refusal to let anybody in without the right password or key."""
+    if not isinstance(error, httpx.HTTPStatusError) or error.response.status_code not in (401, 403):
+        return None
+    return ServerDenied(
+        f"The Prefect server refuses this process. Give it, and each worker, the server's own PREFECT_API_AUTH_STRING, or a "
+        f"valid PREFECT_API_KEY. It said: {error.response.status_code} {error.response.reason_phrase}"
+    )
 
 
 def await_server() -> None:

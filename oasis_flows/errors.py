@@ -20,8 +20,10 @@
     │   │   └── NoGpu
     │   └── ContainerLost *          it vanished before its exit was known
     ├── ServerUnavailable *      the Prefect server did not answer
+    ├── ServerDenied             the Prefect server refuses this process
     ├── ProcessGone *            a run's process was killed; told by the reaper, never raised
     ├── RunInUse                 another process works on this very run
+    ├── InternalError            a fault of this package, or of a library beneath
     └── AlgorithmFailed          it ran and failed: read its log; its code is its verdict's
 
 `*` marks `transient`: the same call may succeed later, and the tasks try again. A message says what happened to which
@@ -176,6 +178,12 @@ class ServerUnavailable(OasisError):
     transient = True
 
 
+class ServerDenied(OasisError):
+    """The Prefect server refuses this process."""
+
+    code = "server_denied"
+
+
 class ProcessGone(OasisError):
     """The process that worked on a run is gone. The reaper tells Prefect so; nobody raises it."""
 
@@ -187,6 +195,12 @@ class RunInUse(OasisError):
     """Another process works on this very run."""
 
     code = "run_in_use"
+
+
+class InternalError(OasisError):
+    """What nobody foresaw: a fault of this package, or of a library beneath. The run's log has the traceback."""
+
+    code = "internal"
 
 
 class AlgorithmFailed(OasisError):

@@ -58,7 +58,8 @@ class Bar:
         elif self._on and now - self._last >= 0.2:
             self._last, self._drawn = now, True
             rate = human_bytes(int(bytes / (now - self._began)))
-            drawn = f"[{'#' * min(20, 20 * bytes // all_bytes):20}] " if all_bytes else ""
+            # Bytes count when they are handed to the network, so the last files are on their way while all have moved.
+            drawn = f"[{'#' * min(19, 20 * bytes // all_bytes):20}] " if all_bytes else ""
             of = f"/{all_files}" if all_files else ""
             line = f"{drawn}{files}{of} files {verb}, {human_bytes(bytes)}, {rate}/s"
             # A line that the terminal wraps cannot be erased. A terminal that knows no size has no columns.

@@ -10,12 +10,13 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, FlowRunPolicy, State
 from prefect.context import FlowRunContext
+from prefect.flow_engine import FlowRunTimeoutError
 from prefect.logging import get_run_logger
 from prefect.states import Failed
 
 from .artifacts import harmless, show_files, show_page, tell_failure
-from .documents import await_server
-from .errors import OasisError
+from .documents import await_server, patiently
+from .errors import InternalError, OasisError
 from .job import Reason
 from .record import Account, oasis_status, page
 from .verdict import Verdict, judge
@@ -27,12 +28,17 @@ def succeeded(account: Account, verdict: Verdict) -> None:
     _show(account, verdict)
 
 
-def failed(error: OasisError, account: Account) -> State[Any]:
+def failed(error: Exception, account: Account) -> State[Any]:
     """The state of a run that failed: its message is the verdict's sentence, its data the error.
 
     Raises:
         OasisError: the error itself, where the flow has retries left and another try can help.
+        FlowRunTimeoutError: the error itself: Prefect's engine has an answer to it.
     """
+    if isinstance(error, FlowRunTimeoutError):
+        raise error
+    if not isinstance(error, OasisError):
+        error = _unforeseen(error)
     verdict = judge(error)
     get_run_logger().error("%s", error)
     account.settle(error)
@@ -44,6 +50,16 @@ def failed(error: OasisError, account: Account) -> State[Any]:
         _mind_retries(context.flow_run, error)
     # Other names would hide a failure from everybody who waits for the event prefect.flow-run.Failed.
     return Failed(message=verdict.sentence, data=error, name="TimedOut" if verdict.code == Reason.TIMED_OUT else "Failed")
+
+
+def _unforeseen(cause: Exception) -> InternalError:
+    get_run_logger().error("This was not foreseen:", exc_info=cause)
+    error = InternalError(
+        "Something failed that oasis-flows did not foresee. The run's log has the traceback: please report it. "
+        f"The cause: {type(cause).__name__}: {cause}"
+    )
+    error.__cause__ = cause
+    return error
 
 
 def _show(account: Account, verdict: Verdict) -> None:
@@ -68,5 +84,9 @@ def _mind_retries(flow_run: FlowRun, error: OasisError) -> None:
         return
     if error.transient:
         raise error
-    with get_client(sync_client=True) as client:
-        client.update_flow_run(flow_run.id, empirical_policy=FlowRunPolicy(retries=0))
+
+    def give_up() -> None:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(flow_run.id, empirical_policy=FlowRunPolicy(retries=0))
+
+    patiently(give_up)

@@ -96,6 +96,7 @@ class Delivery:
 class Pump(threading.Thread):
     """Feeds the sink until the container has ended; then `done` is set, and `state` or `failure`.
 
+    `news` is set then, and when the container's output ends: its end is near, or has come.
     `outages` counts how often the engine went away meanwhile.
     """
 
@@ -103,7 +104,7 @@ class Pump(threading.Thread):
         super().__init__(name=f"oasis-log-{container[:12]}", daemon=True)
         self._api, self._id, self._delivery, self._attached = api, container, delivery, attached
         self._patience = patience_seconds
-        self.done = threading.Event()
+        self.done, self.news = threading.Event(), threading.Event()
         self.state: Mapping[str, Any] = {}
         self.failure: BaseException | None = None
         self.outages = 0
@@ -116,6 +117,7 @@ class Pump(threading.Thread):
             self.failure = error
         finally:
             self.done.set()
+            self.news.set()
 
     def _follow(self) -> None:
         whole = self._attached is not None and self._copy_attached()
@@ -148,6 +150,7 @@ class Pump(threading.Thread):
             except OSError:
                 return False
             if not data:
+                self.news.set()
                 return True
             for stream, payload in split.feed(data):
                 self._delivery.deliver(stream, payload)

@@ -15,7 +15,7 @@ from pydantic import WithJsonSchema, WrapValidator
 from .. import documents, settings
 from ..blocks import Algorithm, Dataset, DatasetStore
 from ..documents import document_flow, patiently
-from ..errors import DatasetError, OasisError
+from ..errors import DatasetError
 from ..job import ContainerExit, Reason
 from ..lifecycle import announce, clean_up, owned_workspace
 from ..manifest import Summary
@@ -71,6 +71,7 @@ def algorithm_task(
         DescriptionError: something is wrong as written; nothing was started.
         DatasetError: the data or the store need mending.
         EngineError: the container engine failed; what the algorithm would have done is unknown.
+        OasisError: any other, by `oasis_flows.errors`; nothing else leaves the flow but Prefect's own signals and timeout.
     """
     account = Account()
     with ExitStack() as owned:
@@ -97,7 +98,7 @@ def algorithm_task(
             input_folder, account.staged = stage_input(plan, workspace)
             account.exit, verdict = run_container(plan, workspace, here, image=image, input_folder=input_folder)
             dataset = _publish(account, workspace, verdict)
-        except OasisError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, the run says what became of it
             return cast(Dataset, failed(error, account))
         succeeded(account, verdict)
         return dataset

@@ -580,7 +580,7 @@ class TestEngineGoesAway:
             log = Log()
             restart = threading.Timer(1.2, lambda: (private.end(signal.SIGKILL), private.start()))
             restart.start()
-            ended = DockerEngine(private.connect, patience_seconds=30).run(make_job("sh", "-c", COUNT, image="t:1"), log)
+            ended = DockerEngine(private.connect, patience_seconds=60).run(make_job("sh", "-c", COUNT, image="t:1"), log)
             restart.join()
             assert ended.exit_code == 4
             assert log.text("stdout") == COUNTED

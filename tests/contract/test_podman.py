@@ -119,7 +119,7 @@ class TestSandbox:
             "pids": 50,
             "cpus": 0.5,
             "user": "1234:5678",
-            "log_driver": "k8s-file",
+            "log_driver": "json-file",  # so it calls its own k8s-file
         }
         assert ended.in_force["memory_bytes"] == ended.in_force["memory_and_swap_bytes"] == 64 * MIB
 

@@ -200,7 +200,7 @@ def test_a_person_describes_an_algorithm_in_the_browser(page: Page) -> None:
     page.goto("/")
     page.get_by_role("link", name="Blocks", exact=True).click()
     main.locator("a[href$='/blocks/catalog']").first.click()
-    main.locator("a[href$='/blocks/catalog/algorithm']").click()
+    main.locator("a[href$='/blocks/catalog/algorithm']").first.click()
     expect(main.get_by_text("What to run in a container image")).to_be_visible()
     expect(main.get_by_text("command=")).to_be_visible()
     main.get_by_role("link", name="Create").click()

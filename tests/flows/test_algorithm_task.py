@@ -26,6 +26,7 @@ from oasis_flows.errors import (
     DescriptionError,
     EngineError,
     EngineUnavailable,
+    InternalError,
     NoGpu,
     OasisError,
     RegistryUnavailable,
@@ -710,6 +711,22 @@ def test_a_retry_whose_workspace_is_gone_does_everything_again(ran, flaky, notes
 
     assert done.run["state_type"] == "COMPLETED"
     assert len(engine.jobs) == 2
+
+
+def test_what_nobody_foresaw_is_told_like_any_other_failure(ran, notes):
+    class Broken(FakeEngine):
+        def prepare(self, image):  # noqa: ARG002
+            raise ZeroDivisionError("division by zero")
+
+    done = ran(Broken())
+
+    assert isinstance(done.result, InternalError)
+    assert isinstance(done.result.__cause__, ZeroDivisionError)
+    assert done.run["state_type"] == "FAILED"
+    assert done.run["state"]["message"] == "Something failed that oasis-flows did not foresee."
+    assert "failed:internal" in done.run["tags"]
+    assert "ZeroDivisionError: division by zero" in done.artifacts["oasis-run"]
+    assert not done.workspace.exists()
 
 
 def test_a_flow_with_retries_goes_on_by_itself(here, prefect_server, notes):
