@@ -31,14 +31,13 @@ from .log import last_lines
 from .machine import open_engine
 from .manifest import Summary
 from .plan import Plan
-from .reaper import LABEL_HOST, reap
+from .reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE, abandon_uploads, reap
 from .record import Account
 from .settings import Settings
 from .tasks import MARKER_PUBLISHED, MARKER_RUN, stage_seconds
 from .watchdog import watched
 from .workspace import Workspace, open_workspace
 
-LABEL_OUTPUT, LABEL_STORE = "oasis.output", "oasis.store"
 LEFT_BEHIND = "This user may not delete all of the workspace %s, such as files that the container wrote as root. Delete it."
 
 
@@ -134,6 +133,7 @@ def clean_up(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None
     here = settings.current()
     workspace = Workspace(here.workspaces / str(flow_run.id))
     open_engine(here).reap(str(flow_run.id))
+    abandon_uploads(flow_run)
     # A crashed run of a deployment can be retried, and then finds its workspace.
     if state.is_cancelled() or state.is_cancelling() or flow_run.deployment_id is None:
         workspace.remove_abandoned(0)

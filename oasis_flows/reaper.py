@@ -23,15 +23,18 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.states import Cancelled, Crashed
 
-from . import lease, workspace
+from . import documents, lease, store, workspace
 from .artifacts import tell_failure
+from .blocks import DatasetStore
 from .errors import EngineUnavailable, ProcessGone
 from .machine import open_engine
+from .plan import options_of
 from .settings import Settings
+from .store import Location
 from .verdict import judge
 from .workspace import Workspace
 
-LABEL_HOST = "oasis.host"
+LABEL_HOST, LABEL_OUTPUT, LABEL_STORE = "oasis.host", "oasis.output", "oasis.store"
 PROCESS_GONE = "The process that ran it is gone: it was killed, or its worker was stopped. What it left is removed."
 # A run whose last step has failed holds its lease no longer, and Prefect may learn of that late.
 SILENCE_SECONDS = 30.0
@@ -143,11 +146,23 @@ def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> bool:
         if not cancelled:
             with _noted_if_away():
                 tell_failure(client, run.id, run.name, verdict)
+    abandon_uploads(run)
     if cancelled or not may_return:
         # Nobody comes back for what it left.
         open_engine(settings).reap(str(run.id))
         place.remove_abandoned(0)
     return True
+
+
+def abandon_uploads(run: FlowRun) -> None:
+    """Abort what a dead run was sending to its store, so far as that has a document to open it with."""
+    url, name = run.labels.get(LABEL_OUTPUT), run.labels.get(LABEL_STORE)
+    if not url:
+        return
+    try:
+        store.abandon(Location(str(url), options_of(documents.find(DatasetStore, str(name)) if name else None)))
+    except Exception as error:  # noqa: BLE001 - of all that is left it hurts least, and a retry aborts it, too
+        logger.warning("Uploads to %s may be left behind: %s: %s", url, type(error).__name__, error)
 
 
 def _is_run_id(name: str) -> bool:

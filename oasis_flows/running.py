@@ -25,10 +25,9 @@ from prefect.utilities.urls import url_for
 from . import documents, store as stores
 from .blocks import DatasetStore
 from .errors import DatasetError, DescriptionError
-from .lifecycle import LABEL_OUTPUT, LABEL_STORE
 from .log import VIEW_LOGGER
 from .plan import options_of
-from .reaper import LABEL_HOST
+from .reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE
 from .settings import Settings
 from .store import Location
 from .workspace import Workspace

@@ -1,7 +1,7 @@
 """The dataset verbs: everything that the rest of the package asks of a store.
 
 `published` and `scan` look, `stage` and `fetch_to` bring here, `publish` brings there, `check_writable` tries it first,
-`read_file` reads a log or a record, `read_manifest` the list of what was published. All of them take a `Location` and raise this package's errors only. Each stops at
+`abandon` forgets what a dead `publish` was at, `read_file` reads a log or a record, `read_manifest` the list of what was published. All of them take a `Location` and raise this package's errors only. Each stops at
 once when an exception reaches the calling thread, and none of its threads is alive when it returns.
 """
 
@@ -22,6 +22,7 @@ __all__ = [
     "Location",
     "Progress",
     "Published",
+    "abandon",
     "check_writable",
     "fetch_to",
     "publish",
@@ -44,6 +45,17 @@ def check_writable(location: Location) -> None:
     store, name = files(location), f".oasis-flows-write-test-{secrets.token_hex(8)}"
     store.write(name, [b"May this be written?\n"], 21)
     store.delete([name])
+
+
+def abandon(location: Location) -> None:
+    """Abort the uploads there that a `publish` whose process died was at: nobody sees them, and they take room.
+
+    It is tried for a second. The next `publish` to the same place does it, too.
+
+    Raises:
+        StoreDenied, StoreUnavailable: the store does not let us, or does not answer.
+    """
+    files(location).abandon(hurry=True)
 
 
 def read_file(location: Location, name: str, *, start: int = 0, tail: int | None = None) -> Iterator[bytes]:

@@ -10,8 +10,8 @@ from typing import Any
 from .algorithms import Output
 
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
-# Of a Python call, or its retry, that was killed before Prefect called the flow: none of our code has run.
-NOT_BEGUN = frozenset({"SCHEDULED", "PENDING"})
+# Of the retry of a Python call that was killed before Prefect called the flow: none of our code has run.
+NOT_BEGUN = frozenset({"SCHEDULED"})
 # What may end a run's process behind its dataset's commit, so that nobody is left to say Completed.
 ENDS_A_PROCESS = frozenset({"kill the flow", "terminate the flow", "cancel the run", "kill the worker", "terminate the worker"})
 # Every run is described as it should be, and the engine can do all of it.
@@ -102,7 +102,9 @@ def _state(truth: Truth, claims: Claims) -> Iterator[str]:
         yield f"it is {claims.state} ({claims.message}) and left a dataset"
     if claims.state == "CRASHED" and not truth.hit & ENDS_A_PROCESS:
         yield f"it is Crashed and nobody ended its process: {claims.message}"
-    if claims.state == "FAILED" and claims.told and not claims.told.get("code"):
+    # Where the answer to the word Failed was lost, Prefect asks what the state is, and raises an exception of its own with it.
+    lost = {"raised": "FailedRun", "code": None, "message": claims.message}
+    if claims.state == "FAILED" and claims.told and not claims.told.get("code") and claims.told != lost:
         yield f"its failure is not explained: {dict(claims.told)}"
     wanted = "FAILED" if truth.exit_code else "COMPLETED"
     if not truth.against and claims.state != wanted:

@@ -141,7 +141,7 @@ def test_a_watchdog_that_is_told_to_stop_cleans_up_at_once(fragile, docker_api, 
         os.kill(number, signal.SIGTERM)
 
     eventually(lambda: not containers_of(docker_api, run_id), 20)
-    assert server.api(f"/flow_runs/{run_id}")["state_type"] == "CRASHED"
+    server.wait_for(run_id, "CRASHED", seconds=30)
 
 
 def test_an_engine_that_restarts_ends_the_container_and_not_the_run(fragile, documents, tmp_path):

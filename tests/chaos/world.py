@@ -21,6 +21,7 @@ from typing import Any
 from tests.servers import prefect  # isort: skip
 
 import obstore
+import yaml
 
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
 from tests.images import TinyImage, busybox_layer, docker_archive, layer
@@ -32,6 +33,8 @@ from .services import EngineService, Service
 
 INPUTS, RESULTS = "inputs", "results"
 IMAGE = "oasis-chaos/busybox:1"
+# Nobody waits the hour here that the shipped automation gives a run to begin.
+PENDING_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,10 @@ def _deploy(folder: Path, api: prefect.PrefectServer) -> None:
     pool = ("work-pool", "create", "gpu-process", "--type", "process", "--base-job-template", str(folder / "pool.json"))
     api.run("prefect", "--no-prompt", *pool)
     api.run("prefect", "--no-prompt", "deploy", "--all")
+    shipped = yaml.safe_load((prefect.ROOT / "deployments/silent-runs.yaml").read_text())
+    shipped["automations"][1]["trigger"]["within"] = PENDING_SECONDS
+    (folder / "automations.yaml").write_text(yaml.safe_dump(shipped))
+    api.run("prefect", "--no-prompt", "automation", "create", "--from-file", str(folder / "automations.yaml"))
 
 
 def _replace(name: str, service: Service) -> None:

@@ -29,7 +29,7 @@ FAILING = replace(TRUTH, exit_code=3)
         (TRUTH, COMPLETED),
         (FAILING, FAILED),
         (TRUTH, Claims(state="CRASHED")),
-        (TRUTH, Claims(state="PENDING")),
+        (TRUTH, Claims(state="SCHEDULED")),
         (TRUTH, replace(COMPLETED, state="CRASHED", told=None, document=None)),
         (TRUTH, Claims(state="CRASHED", place=Place(log=LOG[:9]))),
     ],
