@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -13,8 +14,6 @@ from prefect.blocks.system import Secret
 from oasis_flows.blocks import Algorithm, Dataset, DockerImage, Prerequisite
 from oasis_flows.errors import AlgorithmFailed, DescriptionError, InvalidPrerequisite
 from oasis_flows.flows.algorithm_task import algorithm_task
-from oasis_flows.running import open_log
-from oasis_flows.settings import current
 from tests.images import TinyImage, busybox_layer, docker_archive, layer
 from tests.servers.engine import containers_of, eventually
 
@@ -287,7 +286,7 @@ def test_a_time_limit_while_a_start_callback_runs_ends_it(ran, made, image):
     done = ran(Algorithm(docker_image=image, command=[*SAY, "0"], timeout_seconds=1, prerequisites=[name]))
 
     assert done.record["exit"]["reason"] == "timed_out"
-    assert done.said[-1] == "ended"
+    assert "ended" in done.said
     assert time.monotonic() - began < 15
 
 
@@ -298,3 +297,113 @@ def test_the_algorithm_may_end_well_when_it_is_told_to(ran, made, image):
 
     assert done.said == ["caught", "well"]
     assert done.record["exit"]["reason"] == "timed_out"
+
+
+# Holding for debugging
+
+
+def hold(ran, algorithm):
+    """Run it in a thread of its own; the thread, and what it will leave."""
+    left = []
+    thread = threading.Thread(target=lambda: left.append(ran(algorithm)))
+    thread.start()
+    return thread, left
+
+
+def running(api, image):
+    return [row["Id"] for row in api.containers(filters={"ancestor": image.image_id})]
+
+
+def inside(api, container, *command):
+    """What a command prints in a container, as `docker exec` does it."""
+    return api.exec_start(api.exec_create(container, list(command))["Id"]).decode()
+
+
+def test_a_failed_container_is_held_and_can_be_looked_into(ran, made, image, docker_api):
+    hook = made(
+        ("taskFails", "echo holding; sleep {{ minutes }}m"), template_variables=[{"name": "minutes"}], name="debug-hook"
+    )
+    wish = [{"name": hook, "template_variables": {"minutes": 0.1}}]
+    script = "echo half > /tmp/half; exit 3"
+    thread, left = hold(ran, Algorithm(docker_image=image, command=["sh", "-c", script], timeout_seconds=2, prerequisites=wish))
+    eventually(lambda: running(docker_api, image), 60)
+    (container,) = running(docker_api, image)
+    eventually(lambda: "sleep 0.1m" in inside(docker_api, container, "ps"), 30)
+
+    assert inside(docker_api, container, "cat", "/tmp/half") == "half\n"
+    thread.join()
+    (done,) = left
+    assert (done.record["exit"]["reason"], done.record["exit"]["exit_code"]) == ("exit_nonzero", 3)
+    assert f"To look inside: docker exec -it {container[:12]} sh" in done.log
+    (held,) = done.record["prerequisites"]["callbacks"]
+    assert 5.5 <= held["seconds"] <= 9
+    assert held["exit_code"] == 0
+
+
+def test_a_hold_is_bounded_by_the_machine(ran, made, image, monkeypatch):
+    monkeypatch.setenv("OASIS_FLOWS_MAX_HOLD", "2")
+    hook = made(("taskFails", "sleep 10m"), ("taskEnds", "echo ended"))
+    began = time.monotonic()
+    done = ran(Algorithm(docker_image=image, command=["sh", "-c", "exit 3"], timeout_seconds=60, prerequisites=[hook]))
+
+    assert time.monotonic() - began < 30
+    assert "ended" in done.said
+    assert (done.record["exit"]["reason"], done.record["exit"]["exit_code"]) == ("exit_nonzero", 3)
+    held = done.record["prerequisites"]["callbacks"][0]
+    assert 1.5 <= held["seconds"] <= 5
+    assert held["exit_code"] == 143
+
+
+def test_a_hold_that_was_killed_hides_nothing_either(ran, made, image, monkeypatch):
+    monkeypatch.setenv("OASIS_FLOWS_MAX_HOLD", "1")
+    monkeypatch.setenv("OASIS_FLOWS_STOP_GRACE", "1")
+    hook = made(("taskFails", "trap '' TERM; while :; do sleep 1; done"))
+    done = ran(Algorithm(docker_image=image, command=["sh", "-c", "exit 3"], prerequisites=[hook]))
+
+    assert (done.record["exit"]["reason"], done.record["exit"]["exit_code"]) == ("exit_nonzero", 3)
+    assert done.record["prerequisites"]["callbacks"][0]["exit_code"] is None
+
+
+# Storages
+
+
+def test_storages_are_mounted_as_the_machine_says_and_the_record_names_them(
+    ran, made, image, docker_api, tmp_path, monkeypatch
+):
+    (tmp_path / "stored").mkdir()
+    (tmp_path / "stored" / "data").write_text("from the folder")
+    volume = docker_api.create_volume(f"oasis-test-{uuid.uuid4().hex[:8]}")["Name"]
+    table = {"docker": {"a": {"path": str(tmp_path / "stored")}, "b": {"volume": volume}}}
+    monkeypatch.setenv("OASIS_FLOWS_STORAGES", json.dumps(table))
+    names = [
+        made(plugin="pvc_storage", params={"name": "a", "mountPath": "/mnt/a"}),
+        made(("taskStarts", "echo kept > /mnt/b/file"), requireStorages=[{"name": "b", "readOnly": False}]),
+    ]
+    script = "cat /mnt/a/data; echo; cat /mnt/b/file; echo x > /mnt/a/data || true"
+    try:
+        done = ran(Algorithm(docker_image=image, command=["sh", "-c", script], prerequisites=names))
+    finally:
+        docker_api.remove_volume(volume)
+
+    assert done.said[:2] == ["from the folder", "kept"]
+    assert (tmp_path / "stored" / "data").read_text() == "from the folder"
+    assert done.record["sandbox"]["loosened"] == ["storage a at /mnt/a", "storage b at /mnt/b, writable"]
+    assert done.record["prerequisites"]["storages"] == [
+        {"name": "a", "mountPath": "/mnt/a", "readOnly": True, "source": str(tmp_path / "stored")},
+        {"name": "b", "mountPath": "/mnt/b", "readOnly": False, "source": volume},
+    ]
+    assert {"source": str(tmp_path / "stored"), "target": "/mnt/a", "read_only": True} in done.record["sandbox"]["in_force"][
+        "mounts"
+    ]
+
+
+def test_a_storage_that_is_not_mapped_or_not_there_is_refused(ran, made, image, docker_api, monkeypatch):
+    name = made(plugin="pvc_storage", params={"name": "a"})
+    unmapped = ran(Algorithm(docker_image=image, command=["true"], prerequisites=[name]))
+    volume = f"oasis-test-{uuid.uuid4().hex}"
+    monkeypatch.setenv("OASIS_FLOWS_STORAGES", json.dumps({"docker": {"a": {"volume": volume}}}))
+    missing = ran(Algorithm(docker_image=image, command=["true"], prerequisites=[name]))
+
+    assert "Add a row to the setting OASIS_FLOWS_STORAGES" in str(unmapped.result)
+    assert f"The engine has no volume '{volume}'" in missing.message
+    assert volume not in json.dumps(docker_api.volumes())

@@ -281,10 +281,12 @@ def test_a_quoted_value_is_one_word_whatever_it_is(value, place):
 @given(st.one_of(SAFE, ANY), st.sampled_from(["{}", '"a {} b"', "'a {} b'"]))
 def test_an_unquoted_value_is_what_it_is_or_is_refused(value, place):
     before, _, after = place.partition("{}")
+    template = f"tell {before}{{{{ v }}}}{after} end"
     try:
-        command = in_command(f"tell {before}{{{{ v }}}}{after} end", {"v": value})
-    except InvalidPrerequisite as refused:
-        assert "Write {{ v | quote }} in the command" in str(refused)
+        command = in_command(template, {"v": value})
+    except InvalidPrerequisite:
+        # Who would read it as it is has to be told what to do: with the filter any value passes.
+        assert in_command(template.replace("{{ v }}", "{{ v | quote }}"), {"v": value})
         return
     assert words(command) == [f"{before}{value}{after}".strip("'\""[place[0] == '"']) if place != "{}" else value, "end"]
 
