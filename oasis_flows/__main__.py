@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     _dataset_parser(commands.add_parser("dataset", help="describe, list and copy datasets"))
 
     _prerequisites_parser(commands)
+    _import_parser(commands.add_parser("import", help="write the documents of a catalogue that something else means"))
 
     log = commands.add_parser("log", help="show the log of a run")
     log.add_argument("run", metavar="RUN", help="id or name of the flow run")
@@ -148,6 +149,14 @@ def _prerequisites_parser(commands: argparse._SubParsersAction[argparse.Argument
     show = verbs.add_parser("show", help="show one, and how to pin it")
     show.add_argument("name", metavar="NAME", help="name in a marketplace, or any address of a prerequisite")
     show.set_defaults(action="marketplace_show")
+
+
+def _import_parser(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="KIND")
+    openpai = verbs.add_parser("openpai", help="a job of OpenPAI, protocol version 2")
+    openpai.add_argument("job", metavar="JOB", help="the job's YAML file")
+    openpai.add_argument("folder", nargs="?", default="blocks", metavar="DIR", help="the catalogue (default: blocks)")
+    openpai.set_defaults(action="import_openpai")
 
 
 def _count(text: str) -> int:

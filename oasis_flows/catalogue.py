@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,6 +99,32 @@ def apply(documents: Sequence[Document]) -> Iterator[tuple[str, Outcome]]:
         if outcome != "unchanged":
             block.save(document.name, overwrite=True)
         yield document.key, outcome
+
+
+def write(documents: Mapping[str, Mapping[str, Any]], folder: Path) -> Iterator[Path]:
+    """Write documents, given by `type/name`, into a catalogue, once they are known to be right; yield their files.
+
+    Raises:
+        InvalidDocument: they are not right, or another document has one's file; nothing was written then.
+    """
+    texts = {
+        f"{key}.yaml": yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True) for key, fields in documents.items()
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        list(_written(texts, Path(scratch)))
+        read(Path(scratch))
+    for name, text in texts.items():
+        if (folder / name).exists() and (folder / name).read_text() != text:
+            raise InvalidDocument(f"There is already another {folder / name}. Move it away, or give another folder.")
+    yield from _written(texts, folder)
+
+
+def _written(texts: Mapping[str, str], folder: Path) -> Iterator[Path]:
+    for name, text in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        yield path
 
 
 def problems_of(error: ValidationError) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from prefect.client.schemas.objects import State
 
-from . import catalogue, documents, listing, marketplace, progress, reaper, settings, store as stores
+from . import catalogue, documents, item, listing, marketplace, openpai, progress, reaper, settings, store as stores
 from .blocks import Algorithm, Dataset, DatasetStore
 from .command import from_text
 from .doctor import examine
@@ -145,6 +145,23 @@ def marketplace_show(options: Options) -> int:
     found = marketplace.finder(settings.current())(uri)
     print(f"{uri.partition('#')[0]}#sha256={found.sha256}\nfrom {found.source}\n")
     print((settings.current().specifications / found.sha256).read_text().rstrip("\n"))
+    return 0
+
+
+def import_openpai(options: Options) -> int:
+    try:
+        job = item.loaded(Path(options.job).read_text())
+    except OSError as error:
+        raise DescriptionError(
+            f"The job {options.job} cannot be read. Correct the path. The cause: {error.strerror}"
+        ) from error
+    if not isinstance(job, dict):
+        raise DescriptionError(f"The file {options.job} holds no OpenPAI job. Give a job of protocol version 2.")
+    made = openpai.documents_of(job, Path(options.job).stem)
+    for path in catalogue.write(made.documents, Path(options.folder)):
+        print(f"written   {path}")
+    for what in made.left_out:
+        print(f"not carried over: {what}", file=sys.stderr)
     return 0
 
 
