@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .blocks import Algorithm, Dataset, DatasetStore, DockerImage
+    from .blocks import Algorithm, Dataset, DatasetStore, DockerImage, Prerequisite
     from .errors import AlgorithmFailed, DatasetError, DescriptionError, EngineError, OasisError
     from .flows.algorithm_task import algorithm_task
 
@@ -24,11 +24,12 @@ __all__ = [
     "DockerImage",
     "EngineError",
     "OasisError",
+    "Prerequisite",
     "algorithm_task",
 ]
 
 _HOMES = {
-    "blocks": ("Algorithm", "Dataset", "DatasetStore", "DockerImage"),
+    "blocks": ("Algorithm", "Dataset", "DatasetStore", "DockerImage", "Prerequisite"),
     "errors": ("AlgorithmFailed", "DatasetError", "DescriptionError", "EngineError", "OasisError"),
     "flows.algorithm_task": ("algorithm_task",),
 }

@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _dataset_parser(commands.add_parser("dataset", help="describe, list and copy datasets"))
 
+    _prerequisites_parser(commands)
+    _import_parser(commands.add_parser("import", help="write the documents of a catalogue that something else means"))
+
     log = commands.add_parser("log", help="show the log of a run")
     log.add_argument("run", metavar="RUN", help="id or name of the flow run")
     part = log.add_mutually_exclusive_group()
@@ -129,6 +132,31 @@ def _dataset_parser(dataset: argparse.ArgumentParser) -> None:
     get.add_argument("name", metavar="NAME", help="name of the Dataset document")
     get.add_argument("folder", metavar="DIR", help="a new or empty folder")
     get.set_defaults(action="dataset_get")
+
+
+def _prerequisites_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = commands.add_parser("prerequisites", help="look at what has to be in place before an algorithm runs")
+    verbs = about.add_subparsers(dest="verb", required=True, metavar="VERB")
+    show = verbs.add_parser("show", help="show an algorithm's prerequisites, in order, with their commands and storages")
+    show.add_argument("algorithm", metavar="ALGORITHM", help="name of an Algorithm document")
+    show.add_argument("--json", action="store_true", help="print them as one line of JSON")
+    show.set_defaults(action="prerequisites_show")
+    marketplace = commands.add_parser("marketplace", help="look at prerequisites that can be had")
+    verbs = marketplace.add_subparsers(dest="verb", required=True, metavar="VERB")
+    ls = verbs.add_parser("ls", help="list the prerequisites of this machine's marketplaces")
+    ls.add_argument("--json", action="store_true", help="print one line of JSON for each")
+    ls.set_defaults(action="marketplace_ls")
+    show = verbs.add_parser("show", help="show one, and how to pin it")
+    show.add_argument("name", metavar="NAME", help="name in a marketplace, or any address of a prerequisite")
+    show.set_defaults(action="marketplace_show")
+
+
+def _import_parser(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="KIND")
+    openpai = verbs.add_parser("openpai", help="a job of OpenPAI, protocol version 2")
+    openpai.add_argument("job", metavar="JOB", help="the job's YAML file")
+    openpai.add_argument("folder", nargs="?", default="blocks", metavar="DIR", help="the catalogue (default: blocks)")
+    openpai.set_defaults(action="import_openpai")
 
 
 def _count(text: str) -> int:

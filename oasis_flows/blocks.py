@@ -20,9 +20,11 @@ from pydantic import ConfigDict, Field, SecretStr, ValidationInfo, field_validat
 
 from .command import VARIABLE_PREFIX, Scalar, as_argv
 from .errors import OasisError
+from .item import parse, requirements
 from .job import parse_bytes
+from .template import SECRET_PREFIX
 
-__all__ = ["Algorithm", "Dataset", "DatasetStore", "DockerImage"]
+__all__ = ["Algorithm", "Dataset", "DatasetStore", "DockerImage", "Prerequisite"]
 
 _DOCUMENTATION = "https://docs.prefect.io/v3/concepts/blocks"
 # Block logos must be public addresses: these are the ones that prefect-docker's own blocks show.
@@ -199,6 +201,71 @@ class Dataset(Block):
         return _folder_url(value)
 
 
+class Prerequisite(Block):
+    """Something that has to be in place before an algorithm runs: commands around it, or a storage.
+
+    Attributes:
+        plugin: What it is.
+        plugin_params: Its commands, or its storage.
+
+    Example:
+        ```python
+        from oasis_flows.blocks import Prerequisite
+
+        Prerequisite(
+            plugin_params={"callbacks": [{"event": "taskStarts", "commands": ["mkdir -p {{ dataPath }}"]}]},
+            template_variables=[{"name": "dataPath"}],
+        ).save("data-folder")
+        prerequisite = Prerequisite.load("BLOCK_NAME")
+        ```
+    """
+
+    model_config = _CONFIG
+
+    _block_type_name = "Prerequisite"
+    _block_type_slug = "prerequisite"
+    _description = "Something that has to be in place before an algorithm runs: commands around it, or a storage."
+    _logo_url = _LOGO
+    _documentation_url: ClassVar[Any] = _DOCUMENTATION
+
+    name: str | None = Field(default=None, description="What messages call it. Empty: the document's name.")
+    plugin: str = Field(default="cmd", description="What it is: cmd, commands in the container; or pvc_storage, a storage.")
+    plugin_params: dict[str, Any] = Field(
+        default_factory=dict,
+        description="For cmd: callbacks, a list of {event, commands}. For pvc_storage: name, mountPath, readOnly.",
+    )
+    require: list[Any] = Field(
+        default_factory=list, description="What has to be in place before it: names, or {name, template_variables}."
+    )
+    template_variables: list[Any] = Field(
+        default_factory=list,
+        description="The variables in plugin_params, a list of {name}; whoever requires it gives them all.",
+    )
+    requireStorages: list[Any] = Field(  # noqa: N815  # OpenPAI's spelling
+        default_factory=list, description="Storages to mount, a list of {name, mountPath, readOnly}."
+    )
+    failurePolicy: Literal["fail", "ignore"] = Field(  # noqa: N815
+        default="fail", description="What a failed command does to the run: fail it, or be logged and nothing else."
+    )
+    type: str | None = Field(default=None, description="What kind of thing it is, such as data or script; for readers.")
+    description: str | None = Field(default=None, description="What it is for; for readers.")
+    callbacks: list[Any] = Field(default_factory=list, description="The older place of plugin_params.callbacks.")
+    share_environment: bool = Field(
+        default=False, description="What its start commands export, and where they cd to, holds for what comes after."
+    )
+    network: bool = Field(default=False, description="It needs the network; an algorithm that has none is refused.")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Prerequisite:
+        _as_value_error(parse, self.specification(), "prerequisite")
+        return self
+
+    def specification(self) -> dict[str, Any]:
+        """Its fields as OpenPAI spells them, without those that are empty."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in fields.items() if value not in (None, "", [], {}, False)}
+
+
 class Algorithm(Block):
     """What to run in an image, with what, and within which limits.
 
@@ -259,7 +326,10 @@ class Algorithm(Block):
         default_factory=dict,
         description='Parameter names and defaults, such as {"threshold": 0.5}; a null default means that each run must give a value.',
     )
-    prerequisites: list[Any] = Field(default_factory=list, description="What must be in place before it runs.")
+    prerequisites: list[Any] = Field(
+        default_factory=list,
+        description="What must be in place before it runs, in order: names of prerequisites, or {name, template_variables}.",
+    )
     writable_root: bool = Field(
         default=False, description="It may write anywhere in its own file system, not only to output and /tmp."
     )
@@ -283,6 +353,12 @@ class Algorithm(Block):
     )
     max_log_size: str = Field(default="1GiB", description="It is killed when its log has more bytes than this, such as 10MiB.")
 
+    @field_validator("prerequisites", mode="before")
+    @classmethod
+    def _prerequisites(cls, value: object) -> object:
+        _as_value_error(requirements, value or [], "prerequisites")
+        return value or []
+
     @field_validator("command", "entrypoint")
     @classmethod
     def _splittable(cls, value: str | list[str] | None, info: ValidationInfo) -> str | list[str] | None:
@@ -295,7 +371,7 @@ class Algorithm(Block):
         for name, text in value.items() if isinstance(value, Mapping) else ():
             if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
                 raise ValueError(f"{name!r} is no name of a variable. Use letters, digits and _, not beginning with a digit")
-            if name in RESERVED_VARIABLES or name.startswith(VARIABLE_PREFIX):
+            if name in RESERVED_VARIABLES or name.startswith((VARIABLE_PREFIX, SECRET_PREFIX)):
                 raise ValueError(f"{name} is set by oasis-flows itself. Choose another name")
             if not isinstance(text, str):
                 raise ValueError(

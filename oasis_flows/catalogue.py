@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,11 +22,13 @@ from prefect.blocks.core import Block
 from prefect.blocks.system import Secret
 from pydantic import SecretStr, ValidationError
 
-from .blocks import Algorithm, Dataset, DatasetStore, DockerImage
-from .errors import InvalidDocument
+from .blocks import Algorithm, Dataset, DatasetStore, DockerImage, Prerequisite
+from .errors import InvalidDocument, InvalidPrerequisite
+from .item import UniqueKeys, document_name, parse, read as read_item, requirements
+from .prerequisites import Found, resolve
 
 BLOCK_TYPES: Mapping[str, type[Block]] = {
-    block.get_block_type_slug(): block for block in (DockerImage, DatasetStore, Dataset, Algorithm)
+    block.get_block_type_slug(): block for block in (DockerImage, DatasetStore, Dataset, Prerequisite, Algorithm)
 }
 _REFERENCE = re.compile(r"\{\{\s*prefect\.blocks\.([a-z0-9-]+)\.([a-z0-9-]+)\s*\}\}")
 
@@ -68,6 +71,9 @@ def read(folder: Path) -> list[Document]:
         built: dict[str, Block] = {}
         for document in ordered:
             problems += [f"{document.path}: {problem}" for problem in _check(document, documents, built)]
+        problems += (
+            [problem for document in ordered for problem in _check_prerequisites(document, documents)] if not problems else []
+        )
     if problems:
         raise InvalidDocument(
             "The catalogue has problems. Correct these files:\n" + "\n".join(f"  {problem}" for problem in problems)
@@ -95,6 +101,32 @@ def apply(documents: Sequence[Document]) -> Iterator[tuple[str, Outcome]]:
         yield document.key, outcome
 
 
+def write(documents: Mapping[str, Mapping[str, Any]], folder: Path) -> Iterator[Path]:
+    """Write documents, given by `type/name`, into a catalogue, once they are known to be right; yield their files.
+
+    Raises:
+        InvalidDocument: they are not right, or another document has one's file; nothing was written then.
+    """
+    texts = {
+        f"{key}.yaml": yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True) for key, fields in documents.items()
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        list(_written(texts, Path(scratch)))
+        read(Path(scratch))
+    for name, text in texts.items():
+        if (folder / name).exists() and (folder / name).read_text() != text:
+            raise InvalidDocument(f"There is already another {folder / name}. Move it away, or give another folder.")
+    yield from _written(texts, folder)
+
+
+def _written(texts: Mapping[str, str], folder: Path) -> Iterator[Path]:
+    for name, text in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        yield path
+
+
 def problems_of(error: ValidationError) -> list[str]:
     """What pydantic found, one line each: the field and what is wrong with it."""
     return [
@@ -102,17 +134,6 @@ def problems_of(error: ValidationError) -> list[str]:
         f"{found['msg'].removeprefix('Value error, ')}"
         for found in error.errors(include_url=False, include_input=False)
     ]
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML as usual, but a key that comes twice is an error instead of a lost value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in own]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} comes twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _load_all(folder: Path, problems: list[str]) -> Iterator[Document]:
@@ -134,7 +155,11 @@ def _load_all(folder: Path, problems: list[str]) -> Iterator[Document]:
             problems.append(f"{path}: Prefect cannot store the name {name!r}. Rename the file to {better}.yaml.")
         else:
             try:
-                fields = yaml.load(path.read_text(), _UniqueKeys)  # noqa: S506  # a SafeLoader
+                text = path.read_text()
+                fields = read_item(text) if slug == "prerequisite" else yaml.load(text, UniqueKeys)  # noqa: S506  # a SafeLoader
+            except InvalidPrerequisite as error:
+                problems.append(f"{path}: {error}.")
+                continue
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 problems.append(f"{path}: is not YAML: {' '.join(str(error).split())}.")
                 continue
@@ -179,6 +204,38 @@ def _check(document: Document, documents: Mapping[str, Document], built: dict[st
         built[document.key] = document.block_type(**{name: value for name, value in fields.items() if name in known})
     except ValidationError as error:
         yield from problems_of(error)
+
+
+class _ElsewhereError(Exception):
+    """An item is not in the catalogue, and need not be."""
+
+
+def _check_prerequisites(document: Document, documents: Mapping[str, Document]) -> Iterator[str]:
+    """What is wrong with an algorithm's prerequisites, if all of them are in the catalogue."""
+
+    def find(uri: str) -> Found:
+        address = uri.partition("#")[0]
+        if "://" in address:
+            raise _ElsewhereError
+        key = f"prerequisite/{document_name(address)}"
+        if key not in documents:
+            raise InvalidPrerequisite(f"there is no {key}.yaml in the catalogue. Add the file, or correct the name")
+        return Found(parse(documents[key].fields, documents[key].name), key, "")
+
+    if document.slug != "algorithm":
+        return
+    try:
+        resolve(
+            document.name,
+            requirements(document.fields.get("prerequisites") or [], "prerequisites"),
+            find,
+            working_dir=str(document.fields.get("working_dir") or "/work").rstrip("/"),
+            network=bool(document.fields.get("network")),
+        )
+    except _ElsewhereError:
+        return
+    except InvalidPrerequisite as error:
+        yield f"{document.path}: prerequisites: {error}"
 
 
 def _resolved(document: Document, field: str, documents: Mapping[str, Document], built: Mapping[str, Block]) -> tuple[str, Any]:

@@ -162,7 +162,7 @@ def render_text(text: str, values: Mapping[str, Scalar]) -> str:
 
 
 # Where a shell reads a text by other rules than those of plain words and quotes, or reads it again.
-_READS_TWICE = re.compile(r"<<(?!<)|\$'|\b(eval|trap)\b|\b(su|\w*sh(-?[\d.]+)?)\s+(-\S*\s+)*-\w*c\b")
+READS_TWICE = re.compile(r"<<(?!<)|\$'|\b(eval|trap)\b|\b(su|\w*sh(-?[\d.]+)?)\s+(-\S*\s+)*-\w*c\b")
 
 
 def _placeholder(values: Mapping[str, Scalar]) -> re.Pattern[str]:
@@ -199,7 +199,7 @@ def _render_script(script: str, values: Mapping[str, Scalar]) -> str:
     if not values:
         return script
     pattern = _placeholder(values)
-    if pattern.search(script) and _READS_TWICE.search(script):
+    if pattern.search(script) and READS_TWICE.search(script):
         raise DescriptionError(
             "The shell script in `command` uses {parameters} together with a here-document, $'…', eval, trap or a second shell, where they "
             f'cannot be quoted safely. Write "${VARIABLE_PREFIX}NAME" there instead; a second shell finds the variable, too.'
@@ -212,7 +212,7 @@ def _render_script(script: str, values: Mapping[str, Scalar]) -> str:
             pieces.append(_reference(found[2], quotes[-1]) if found[2] else f"{{{found[1]}}}")
             at = found.end()
             continue
-        step = _follow(script, at, quotes)
+        step = follow(script, at, quotes)
         pieces.append(script[at : at + step])
         at += step
     return "".join(pieces)
@@ -223,7 +223,7 @@ def _reference(name: str, quote: str) -> str:
     return {'"': variable, "'": f"'\"{variable}\"'"}.get(quote, f'"{variable}"')
 
 
-def _follow(script: str, at: int, quotes: list[str]) -> int:
+def follow(script: str, at: int, quotes: list[str]) -> int:
     """Advance over one piece of shell syntax, keeping the stack of open quotes; return how many characters it has."""
     inside, here = quotes[-1], script[at]
     if inside == "'":

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from prefect.client.schemas.objects import State
 
-from . import catalogue, documents, progress, reaper, settings, store as stores
+from . import catalogue, documents, item, listing, marketplace, openpai, progress, reaper, settings, store as stores
 from .blocks import Algorithm, Dataset, DatasetStore
 from .command import from_text
 from .doctor import examine
@@ -24,7 +24,7 @@ from .errors import DescriptionError, OasisError
 from .flows.algorithm_task import algorithm_task
 from .job import counted, human_bytes
 from .manifest import Entry, Tally, to_line
-from .plan import checked_name, location
+from .plan import checked_name, location, prerequisites_of
 from .progress import Bar
 from .running import follow, open_log, split_lines
 from .verdict import judge
@@ -119,6 +119,50 @@ def dataset_get(options: Options) -> int:
     with Bar() as bar:
         found = stores.fetch_to(location(dataset), Path(options.folder), progress=partial(bar.show, "copied"))
     print(f"{counted(found.file_count, 'file')}, {human_bytes(found.size_bytes)} in {options.folder}")
+    return 0
+
+
+def prerequisites_show(options: Options) -> int:
+    algorithm = documents.load(Algorithm, options.algorithm)
+    found = prerequisites_of(algorithm, settings.current())
+    if options.json:
+        print(json.dumps(listing.as_json(options.algorithm, found)))
+        return 0
+    for line in listing.lines(options.algorithm, found):
+        print(line)
+    return 0
+
+
+def marketplace_ls(options: Options) -> int:
+    for catalogue_name in settings.current().marketplaces:
+        for entry in marketplace.entries(catalogue_name):
+            facts = {"marketplace": catalogue_name, "name": entry.name, "id": entry.id, "source": entry.source}
+            print(json.dumps(facts) if options.json else f"{entry.name}  {entry.source}")
+    return 0
+
+
+def marketplace_show(options: Options) -> int:
+    uri = options.name if "://" in options.name else f"marketplace://name/{options.name}"
+    found = marketplace.finder(settings.current())(uri)
+    print(f"{uri.partition('#')[0]}#sha256={found.sha256}\nfrom {found.source}\n")
+    print((settings.current().specifications / found.sha256).read_text().rstrip("\n"))
+    return 0
+
+
+def import_openpai(options: Options) -> int:
+    try:
+        job = item.loaded(Path(options.job).read_text())
+    except OSError as error:
+        raise DescriptionError(
+            f"The job {options.job} cannot be read. Correct the path. The cause: {error.strerror}"
+        ) from error
+    if not isinstance(job, dict):
+        raise DescriptionError(f"The file {options.job} holds no OpenPAI job. Give a job of protocol version 2.")
+    made = openpai.documents_of(job, Path(options.job).stem)
+    for path in catalogue.write(made.documents, Path(options.folder)):
+        print(f"written   {path}")
+    for what in made.left_out:
+        print(f"not carried over: {what}", file=sys.stderr)
     return 0
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
+from uuid import UUID
 
 import httpx
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
-from prefect.exceptions import ParameterTypeError
+from prefect.exceptions import ObjectNotFound, ParameterTypeError
 from prefect.flows import Flow
 
 from .errors import DescriptionError, ServerDenied, ServerUnavailable
@@ -58,6 +59,17 @@ def names(block_type: type[Block]) -> list[str]:
     with get_client(sync_client=True) as client:
         found = client.read_block_documents_by_type(block_type.get_block_type_slug())
     return sorted(document.name for document in found if document.name)
+
+
+def name_of(block_type: type[Block], id: UUID) -> str | None:
+    """The name of the document of this type and id, or `None`."""
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_block_document(id)
+        except ObjectNotFound:
+            return None
+    is_one = found.block_type is not None and found.block_type.slug == block_type.get_block_type_slug()
+    return found.name if is_one else None
 
 
 def patiently(ask: Callable[[], R]) -> R:

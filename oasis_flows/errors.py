@@ -4,7 +4,8 @@
     ├── DescriptionError         fix the description; trying again cannot help
     │   ├── ImageNotFound            no registry has it under that name
     │   ├── InvalidImageFile         the archive is not one usable image
-    │   └── InvalidDocument          files of a catalogue are wrong
+    │   ├── InvalidDocument          files of a catalogue are wrong
+    │   └── InvalidPrerequisite      one cannot be found, read, or given what it asks for
     ├── DatasetError             fix the data or the store
     │   ├── DatasetNotFound          nothing there, or a run that never published
     │   ├── UnsafeName               a file name or link that cannot be carried safely
@@ -21,6 +22,7 @@
     │   └── ContainerLost *          it vanished before its exit was known
     ├── ServerUnavailable *      the Prefect server did not answer
     ├── ServerDenied             the Prefect server refuses this process
+    ├── MarketplaceUnavailable * what publishes prerequisites did not answer
     ├── ProcessGone *            a run's process was killed; told by the reaper, never raised
     ├── RunInUse                 another process works on this very run
     ├── InternalError            a fault of this package, or of a library beneath
@@ -76,6 +78,12 @@ class InvalidDocument(DescriptionError):
     """One or more files of a catalogue are wrong; the message has a line for each problem."""
 
     code = "invalid_document"
+
+
+class InvalidPrerequisite(DescriptionError):
+    """A prerequisite of an algorithm cannot be found, read, or given what it asks for."""
+
+    code = "invalid_prerequisite"
 
 
 class DatasetError(OasisError):
@@ -182,6 +190,13 @@ class ServerDenied(OasisError):
     """The Prefect server refuses this process."""
 
     code = "server_denied"
+
+
+class MarketplaceUnavailable(OasisError):
+    """What publishes a prerequisite did not answer."""
+
+    code = "marketplace_unavailable"
+    transient = True
 
 
 class ProcessGone(OasisError):

@@ -40,6 +40,7 @@ class Reason(StrEnum):
     TOO_MANY_FILES = "too_many_files"
     LOG_TOO_LARGE = "log_too_large"
     DISK_FULL = "disk_full"
+    PREREQUISITE_FAILED = "prerequisite_failed"
 
     @property
     def keeps_output(self) -> bool:
@@ -80,6 +81,30 @@ class Mount:
     source: Path
     target: str
     read_only: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageMount:
+    """What the engine has under `source`, the whole path of a folder of its machine or the name of a volume, seen in the
+    container under `target`. Unlike a `Mount` it is not the run's: nothing below it is counted, and it is never made.
+    """
+
+    source: str
+    target: str
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wrapper:
+    """A program that runs the container's own: an argument vector that gets entrypoint and command as its last words.
+
+    `ended` is a file that the wrapper makes once the container's own program has ended. From then on the job's time limit
+    counts no more: what is left to do has `linger_seconds`, and is stopped then like a container that is cancelled.
+    """
+
+    argv: tuple[str, ...]
+    ended: Path
+    linger_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +162,8 @@ class ContainerJob:
     environment: Mapping[str, str] = field(default_factory=dict)
     secret_environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     mounts: tuple[Mount, ...] = ()
+    storages: tuple[StorageMount, ...] = ()
+    wrapper: Wrapper | None = None
     working_dir: str = "/work"
     user: str = ""
     resources: Resources = field(default_factory=Resources)

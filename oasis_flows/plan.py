@@ -14,15 +14,22 @@ from pathlib import Path
 
 from prefect.blocks.system import Secret
 
-from . import command as commands, documents
+from . import command as commands, documents, storages, wrapper
 from .blocks import Algorithm, Dataset, DatasetStore, DockerImage
 from .command import Scalar
 from .errors import DescriptionError, NoGpu
-from .job import ContainerJob, ImageSource, Mount, RegistryLogin, Resources, Sandbox, parse_bytes
+from .item import requirements
+from .job import ContainerJob, ImageSource, Mount, RegistryLogin, Resources, Sandbox, StorageMount, Wrapper, parse_bytes
 from .machine import open_engine
+from .marketplace import finder
+from .prerequisites import Resolution, resolve
 from .settings import Settings
 from .store import Location
+from .template import secret_variable
 from .workspace import Workspace
+
+# How people get into a container of each engine; its own shell fills in the name that it has there.
+_LOOK_INSIDE = {"docker": "docker exec -it $HOSTNAME sh", "kubernetes": "kubectl exec -it $HOSTNAME -- sh"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +57,8 @@ class Plan:
     command: tuple[str, ...] | None
     environment: Mapping[str, str]
     secrets: Mapping[str, str] = field(repr=False)
+    prerequisites: Resolution = field(default_factory=Resolution)
+    storages: tuple[StorageMount, ...] = ()
 
     @property
     def image(self) -> ImageSource:
@@ -73,13 +82,11 @@ def plan_run(
     Raises:
         DescriptionError: something is wrong as written.
         NoGpu: it needs one, and this machine's engine has none.
+        MarketplaceUnavailable: where one of its prerequisites is published did not answer.
     """
-    if algorithm.prerequisites:
-        raise DescriptionError(
-            "This version runs no prerequisites. Empty `prerequisites`, and put what it needs into the image."
-        )
     values = commands.bind(algorithm.parameters, parameters or {})
     name = algorithm._block_document_name or "algorithm"
+    prerequisites = prerequisites_of(algorithm, settings)
     if algorithm.user and os.getuid() and algorithm.user.partition(":")[0] != str(os.getuid()):
         raise DescriptionError(
             f"This worker runs as user {os.getuid()} and could neither read nor remove what user {algorithm.user} writes. "
@@ -98,8 +105,10 @@ def plan_run(
         )
     entrypoint, command = _argv(algorithm, values)
     environment = {name: commands.render_text(text, values) for name, text in algorithm.environment.items()}
-    secrets = {variable: _secret(variable, block) for variable, block in algorithm.secret_environment.items()}
-    commands.check_sizes((*(entrypoint or ()), *(command or ())), environment | secrets | commands.variables(values))
+    wanted = {**algorithm.secret_environment, **{secret_variable(block): block for block in prerequisites.secrets}}
+    secrets = {variable: _secret(variable, block) for variable, block in wanted.items()}
+    argv = (*_wrapped(prerequisites, settings), *(entrypoint or ()), *(command or ()))
+    commands.check_sizes(argv, environment | secrets | commands.variables(values))
     return Plan(
         run_id=run_id,
         attempt=attempt,
@@ -118,7 +127,27 @@ def plan_run(
         command=command,
         environment=environment,
         secrets=secrets,
+        prerequisites=prerequisites,
+        storages=storages.mounts(prerequisites.storages, settings.storages, settings.engine),
     )
+
+
+def prerequisites_of(algorithm: Algorithm, settings: Settings) -> Resolution:
+    """What has to be in place before the algorithm runs; see `prerequisites.resolve`."""
+    return resolve(
+        algorithm._block_document_name or "algorithm",
+        requirements(algorithm.prerequisites, "prerequisites"),
+        finder(settings),
+        working_dir=algorithm.working_dir,
+        network=algorithm.network,
+    )
+
+
+def _wrapped(prerequisites: Resolution, settings: Settings) -> tuple[str, ...]:
+    if not prerequisites.callbacks:
+        return ()
+    look_inside = _LOOK_INSIDE.get(settings.engine, _LOOK_INSIDE["docker"])
+    return wrapper.argv(prerequisites, look_inside=look_inside, linger_seconds=settings.hold_seconds)
 
 
 def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder: Path, settings: Settings) -> ContainerJob:
@@ -126,6 +155,8 @@ def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder:
     algorithm = plan.algorithm
     folder = algorithm.working_dir
     gpus = algorithm.gpu_count if algorithm.gpu else 0
+    wrapped = _wrapped(plan.prerequisites, settings)
+    notes = (Mount(source=workspace.notes, target=wrapper.FOLDER, read_only=False),) if wrapped else ()
     return ContainerJob(
         run_id=plan.run_id,
         attempt=plan.attempt,
@@ -145,7 +176,12 @@ def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder:
         mounts=(
             Mount(source=input_folder, target=f"{folder}/input", read_only=True),
             Mount(source=workspace.output, target=f"{folder}/output", read_only=False),
+            *notes,
         ),
+        storages=plan.storages,
+        wrapper=Wrapper(argv=wrapped, ended=workspace.notes / wrapper.ALGORITHM, linger_seconds=settings.hold_seconds)
+        if wrapped
+        else None,
         working_dir=folder,
         user=algorithm.user or f"{os.getuid()}:{os.getgid()}",
         resources=Resources(
@@ -244,7 +280,8 @@ def _secret(variable: str, block: str) -> str:
     found = documents.find(Secret, block)
     if found is None:
         raise DescriptionError(
-            f"There is no Secret block {block!r}, which `secret_environment` names for {variable}. Make it in the Prefect UI."
+            f"There is no Secret block {block!r}, which `secret_environment` or a prerequisite names for {variable}. "
+            "Make it in the Prefect UI."
         )
     value = found.get()
     # What is no text would reach the container in a form of ours, in which its parts could not be kept out of the log.

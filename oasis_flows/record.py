@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from . import picture
+from .callbacks import Notes
 from .errors import OasisError, UnsafeName
 from .job import ContainerExit, Reason, counted, human_bytes
 from .manifest import Entry, Summary
@@ -26,6 +27,7 @@ def task_json(
     staged: Summary,
     exit: ContainerExit,
     first_try: ContainerExit | None,
+    notes: Notes,
     verdict: Verdict,
     published: Summary,
     seconds: Mapping[str, float],
@@ -44,6 +46,7 @@ def task_json(
         "parameters": dict(plan.parameters),
         "environment": sorted(plan.environment),
         "secret_environment": dict(plan.algorithm.secret_environment),
+        "prerequisites": _prerequisites(plan, notes),
         "input": {"name": plan.dataset_name, "url": plan.dataset.url, **_summary(staged)},
         "output": {"name": plan.document_name, "url": plan.output.url, **_summary(published)},
         "sandbox": {"loosened": loosened(plan), "in_force": exit.in_force},
@@ -77,6 +80,27 @@ def _exit(exit: ContainerExit) -> dict[str, Any]:
     return {name: value for name, value in exit.to_json().items() if name not in left_out}
 
 
+def _prerequisites(plan: Plan, notes: Notes) -> dict[str, Any]:
+    """What was in place, where it came from, and what became of its commands. Of secrets it has references only."""
+    items = [
+        {
+            "name": step.item.name,
+            "uri": step.uri,
+            "source": step.source,
+            "sha256": step.sha256,
+            "required_by": list(step.chain[:-1]),
+            "template_variables": dict(step.variables),
+            "secrets": list(step.secrets),
+        }
+        for step in plan.prerequisites.steps
+    ]
+    storages = [
+        {"name": storage.name, "mountPath": storage.path, "readOnly": storage.read_only, "source": mount.source}
+        for storage, mount in zip(plan.prerequisites.storages, plan.storages, strict=True)
+    ]
+    return {"items": items, "storages": storages, "callbacks": notes.to_json()["ran"]}
+
+
 def loosened(plan: Plan) -> list[str]:
     """What the algorithm's document opened in the sandbox."""
     a = plan.algorithm
@@ -86,7 +110,11 @@ def loosened(plan: Plan) -> list[str]:
         ("new_privileges", a.new_privileges),
         (f"user {a.user}", bool(a.user)),
     )
-    return [name for name, on in flags if on] + [f"capability {name}" for name in a.capabilities]
+    return [
+        *(name for name, on in flags if on),
+        *(f"capability {name}" for name in a.capabilities),
+        *(f"storage {s.name} at {s.path}{'' if s.read_only else ', writable'}" for s in plan.prerequisites.storages),
+    ]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,6 +167,7 @@ def _plan_rows(account: Account) -> list[tuple[str, str]]:
     digest = f", `{_short(account.image)}`" if account.image else ""
     return [
         ("Algorithm", f"`{plan.algorithm_name}`" + "".join(f", {name} = `{value}`" for name, value in plan.parameters.items())),
+        ("Prerequisites", ", ".join(f"`{step.item.name}`" for step in plan.prerequisites.steps)),
         ("Image", f"`{source}`{digest}"),
         ("Input", f"`{plan.dataset_name}`{_counted(account.staged)}"),
     ]

@@ -6,14 +6,22 @@
                             must see it under the same path
 `OASIS_FLOWS_STOP_GRACE`    seconds between SIGTERM and SIGKILL for a container that has to end (10)
 `OASIS_FLOWS_RETRY_WINDOW`  seconds that the container of a run whose process died waits for a retry to take it up (60)
+`OASIS_FLOWS_MARKETPLACES`  where `marketplace://` looks, in order: folders, URLs, and `prefect` for the server ("prefect")
+`OASIS_FLOWS_STORAGES`      what storages of prerequisites are here: a file, or YAML or JSON itself (see `storages`)
+`OASIS_FLOWS_MAX_HOLD`      seconds that the callbacks after an algorithm may take, such as one for debugging (3600)
 `OASIS_FLOWS_KEEP_HOURS`    how long the workspace of a run that may be retried is kept (24)
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from .errors import DescriptionError
 
@@ -28,11 +36,19 @@ class Settings:
     stop_grace_seconds: float
     retry_window_seconds: float
     keep_seconds: float
+    marketplaces: tuple[str, ...] = ("prefect",)
+    storages: Mapping[str, Any] = field(default_factory=dict)
+    hold_seconds: float = 3600
 
     @property
     def workspaces(self) -> Path:
         """Where runs have their folders."""
         return self.home / "workspaces"
+
+    @property
+    def specifications(self) -> Path:
+        """Where prerequisites that were fetched are kept, each under its SHA-256."""
+        return self.home / "prerequisites"
 
     @property
     def datasets(self) -> Path:
@@ -44,7 +60,7 @@ def current() -> Settings:
     """The settings as the environment has them now.
 
     Raises:
-        DescriptionError: a number is none.
+        DescriptionError: a number is none, or the table of storages cannot be read.
     """
     env = os.environ.get
     return Settings(
@@ -54,7 +70,26 @@ def current() -> Settings:
         stop_grace_seconds=_seconds("OASIS_FLOWS_STOP_GRACE", "10"),
         retry_window_seconds=_seconds("OASIS_FLOWS_RETRY_WINDOW", "60"),
         keep_seconds=3600 * _seconds("OASIS_FLOWS_KEEP_HOURS", "24"),
+        marketplaces=tuple(re.split(r"[\s,]+", (env("OASIS_FLOWS_MARKETPLACES") or "prefect").strip(" ,"))),
+        storages=_table("OASIS_FLOWS_STORAGES"),
+        hold_seconds=_seconds("OASIS_FLOWS_MAX_HOLD", "3600"),
     )
+
+
+def _table(name: str) -> Mapping[str, Any]:
+    text = (os.environ.get(name) or "").strip()
+    try:
+        found = yaml.safe_load(text if not text or "{" in text or "\n" in text else Path(text).expanduser().read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise DescriptionError(
+            f"The setting {name} cannot be read. Give the path of a YAML file, or JSON. The cause: {type(error).__name__}: {error}"
+        ) from error
+    if found is not None and not (isinstance(found, dict) and all(isinstance(rows, dict) for rows in found.values())):
+        raise DescriptionError(
+            f"The setting {name} holds no table. Write engines, and their storages below: "
+            '{"docker": {"datasets": {"path": "/srv/datasets"}}}.'
+        )
+    return found or {}
 
 
 def _seconds(name: str, default: str) -> float:

@@ -23,9 +23,10 @@ from prefect.logging import get_run_logger
 from prefect.logging.loggers import PrefectLogAdapter
 from prefect.tasks import Task, exponential_backoff
 
-from . import documents, log, progress, store
+from . import callbacks, documents, log, progress, store
 from .artifacts import TransferBar
 from .blocks import Dataset
+from .callbacks import Notes
 from .engines import Engine
 from .errors import OasisError, ServerUnavailable, UnsafeName
 from .job import ContainerExit, ContainerJob, Reason, counted, human_bytes, parse_bytes
@@ -112,7 +113,15 @@ def run_container(
         started, engine = time.monotonic(), open_engine(settings)
         job = container_job(plan, workspace, image=image, input_folder=input_folder, settings=settings)
         exit = _run_with_enough_memory(plan, workspace, engine, job)
-        done = _finish(workspace, MARKER_RUN, started, exit=exit.to_json(), disk_free_bytes=workspace.disk_free_bytes())
+        notes = callbacks.read(workspace.notes, plan.prerequisites)
+        done = _finish(
+            workspace,
+            MARKER_RUN,
+            started,
+            exit=callbacks.corrected(exit, notes).to_json(),
+            notes=notes.to_json(),
+            disk_free_bytes=workspace.disk_free_bytes(),
+        )
     exit = ContainerExit.from_json(done["exit"])
     case = Case(
         algorithm=plan.algorithm_name,
@@ -123,6 +132,7 @@ def run_container(
         writable_root=plan.algorithm.writable_root,
         disk_free_bytes=done["disk_free_bytes"],
         action=_action(first_try(workspace), exit),
+        prerequisite=Notes.from_json(done.get("notes")).failed,
     )
     return exit, judge(case)
 
@@ -147,6 +157,8 @@ def _run_with_enough_memory(plan: Plan, workspace: Workspace, engine: Engine, jo
 def _run(plan: Plan, workspace: Workspace, engine: Engine, job: ContainerJob) -> ContainerExit:
     if not engine.find(job):
         workspace.fresh_output()
+        if job.wrapper is not None:
+            workspace.fresh_notes()
     show = cast(PrefectLogAdapter, get_run_logger()).getChild(log.VIEW_LOGGER).info
     secrets = tuple(plan.secrets.values())
     try:
@@ -212,6 +224,7 @@ def publish_output(
                     staged=staged,
                     exit=exit,
                     first_try=first_try(workspace),
+                    notes=Notes.from_json((workspace.done(MARKER_RUN) or {}).get("notes")),
                     verdict=verdict,
                     published=found,
                     seconds=stage_seconds(workspace) | {MARKER_PUBLISHED: time.monotonic() - started},

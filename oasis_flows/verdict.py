@@ -55,11 +55,21 @@ class Verdict:
         return {**asdict(self), "evidence": list(self.evidence)}
 
 
+@dataclass(frozen=True, slots=True)
+class FailedPrerequisite:
+    """A callback that failed: the command at which it ended, and its exit code; `None` where it was killed."""
+
+    name: str
+    event: str
+    command: str
+    exit_code: int | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """What is known of how a container ended. `last_lines` are of its whole log; `disk_free_bytes` is of its output's disk.
 
-    `action` says what was done before this end, such as a first try with less memory.
+    `action` says what was done before this end, such as a first try with less memory. `prerequisite` is the one that failed.
     """
 
     algorithm: str
@@ -70,6 +80,7 @@ class Case:
     writable_root: bool = False
     disk_free_bytes: int | None = None
     action: str = ""
+    prerequisite: FailedPrerequisite | None = None
 
 
 def judge(seen: Case | OasisError) -> Verdict:
@@ -119,7 +130,7 @@ def _of_error(error: OasisError) -> Verdict:
 def _of_exit(case: Case) -> Verdict:
     exit = case.exit
     found = None
-    if exit.reason is Reason.EXIT_NONZERO:
+    if exit.reason in (Reason.EXIT_NONZERO, Reason.PREREQUISITE_FAILED):
         found = recognise(
             exit.last_words or case.last_lines,
             network=case.network,
@@ -128,7 +139,12 @@ def _of_exit(case: Case) -> Verdict:
             forks_refused=exit.forks_refused,
             disk_free_bytes=case.disk_free_bytes,
         )
-    code, blame, what, advice = _meaning(exit, found[0] if found else None)
+    symptom = found[0] if found else None
+    blame: Blame | None
+    if exit.reason is Reason.PREREQUISITE_FAILED and case.prerequisite:
+        code, blame, what, advice = _prerequisite_failed(case.prerequisite, symptom)
+    else:
+        code, blame, what, advice = _meaning(exit, symptom)
     return Verdict(
         code=code,
         stage="run_container",
@@ -201,10 +217,24 @@ def _meaning(exit: ContainerExit, symptom: Symptom | None) -> tuple[str, Blame |
             what = f"wrote more than {_limit(exit, human_bytes)} to its log {seconds}"
             advice = "Raise `max_log_size` in the Algorithm document, or let it say less. Its log ends at the limit."
             return code, Blame.POLICY, what, advice
+        case Reason.PREREQUISITE_FAILED:
+            return code, Blame.DESCRIPTION, f"was failed by a prerequisite {seconds}", _MEND
         case Reason.DISK_FULL:
             what = f"was stopped {seconds}, because less than {_limit(exit, human_bytes)} was free on the disk of its output"
             advice = f"Free space there, or set OASIS_FLOWS_HOME to a folder with room. {_NOT_KEPT}"
             return code, Blame.PLATFORM, what, advice
+
+
+_MEND = "Its words are in the log. Correct the prerequisite, or set its failurePolicy to ignore."
+
+
+def _prerequisite_failed(failed: FailedPrerequisite, symptom: Symptom | None) -> tuple[str, Blame, str, str]:
+    ended = "was killed" if failed.exit_code is None else f"ended with exit code {failed.exit_code}"
+    before = "did not start, because" if failed.event == "taskStarts" else "succeeded, but"
+    what = f"{before} its prerequisite {failed.name} failed: `{_clipped(' '.join(failed.command.split()))}` ({failed.event}) {ended}"
+    if symptom is None:
+        return Reason.PREREQUISITE_FAILED.value, Blame.DESCRIPTION, what, _MEND
+    return Reason.PREREQUISITE_FAILED.value, symptom.blame, f"{what}, because {symptom.what}", f"{symptom.advice} {_MEND}"
 
 
 _NOT_KEPT = "Its files were not kept."

@@ -3,7 +3,7 @@
     <home>/workspaces/<run id>/
         lease            locked by the process that works on the run
         done/<step>.json written last by each step: it holds what the step found out, and proves that it is finished
-        input/ output/ log.txt
+        input/ output/ notes/ log.txt
 
 A retry of the run finds the folder and goes on behind the last finished step. The container engine sees the folder under
 the same path.
@@ -47,6 +47,11 @@ class Workspace:
     @property
     def output(self) -> Path:
         return self.path / "output"
+
+    @property
+    def notes(self) -> Path:
+        """What the wrapper of prerequisites notes, inside the container."""
+        return self.path / "notes"
 
     @property
     def log(self) -> Path:
@@ -93,11 +98,18 @@ class Workspace:
         Raises:
             StoreFull: it cannot be made.
         """
-        _delete(self.output)
-        with _room_for(self.output):
-            self.output.mkdir()
-            self.output.chmod(0o777)
-        return self.output
+        return self._fresh(self.output)
+
+    def fresh_notes(self) -> Path:
+        """An empty folder for the wrapper's notes; otherwise like `fresh_output`."""
+        return self._fresh(self.notes)
+
+    def _fresh(self, folder: Path) -> Path:
+        _delete(folder)
+        with _room_for(folder):
+            folder.mkdir()
+            folder.chmod(0o777)
+        return folder
 
     def disk_free_bytes(self) -> int | None:
         """What the disk of the workspace has left; `None` where nobody can tell."""

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import lease
-from ..errors import ContainerLost, EngineError, EngineUnavailable, ImageNotFound, NoGpu, UnsupportedByEngine
+from ..errors import ContainerLost, DescriptionError, EngineError, EngineUnavailable, ImageNotFound, NoGpu, UnsupportedByEngine
 from ..job import ContainerExit, ContainerJob, LogSink, Reason
 from . import docker_spec as spec
 from .docker_errors import HOW_TO_GET_A_GPU, start_error, translated, words_of
@@ -101,6 +101,9 @@ def create_container(api: Any, job: ContainerJob, info: Mapping[str, Any]) -> Co
     name = spec.container_name(job)
     try:
         image = api.inspect_image(job.image)
+        if job.wrapper is not None:
+            spec.refuse_wrapped(job, image)
+        _refuse_missing_volumes(api, job)
         body = spec.create_body(job, info, image)
         answer = shielded(lambda: api.create_container_from_config(body, name))
         seen = api.inspect_container(answer["Id"])
@@ -111,6 +114,11 @@ def create_container(api: Any, job: ContainerJob, info: Mapping[str, Any]) -> Co
     except docker.errors.APIError as error:
         return not_started(job, start_error(name, words_of(error), status=error.status_code), words_of(error), {})
     spec.refuse_warnings(name, answer.get("Warnings"))
+    if job.wrapper is not None and _lacks(api, answer["Id"], job.wrapper.argv[0]):
+        raise DescriptionError(
+            f"The image of {name} has no {job.wrapper.argv[0]}, and the algorithm's prerequisites are shell commands. Nothing was "
+            "started. Take an image with a shell, or put into the image what the prerequisites do."
+        )
     force = spec.in_force(seen, info)
     looser = spec.looser_than_asked(job, force, info)
     if looser:
@@ -121,6 +129,27 @@ def create_container(api: Any, job: ContainerJob, info: Mapping[str, Any]) -> Co
     if job.resources.gpus and not force["gpus"]:
         raise NoGpu(f"The engine ignores the wish for a GPU of {name}. {HOW_TO_GET_A_GPU}")
     return Container(answer["Id"], seen["State"], force)
+
+
+def _refuse_missing_volumes(api: Any, job: ContainerJob) -> None:
+    """Return if the volumes are there: the engine would make an empty one for each that is not."""
+    for mount in job.storages:
+        if not mount.source.startswith("/"):
+            try:
+                api.inspect_volume(mount.source)
+            except _not_found():
+                raise DescriptionError(
+                    f"The engine has no volume {mount.source!r}, which is to be mounted at {mount.target}. Make it "
+                    f"(docker volume create {mount.source}), or correct the setting OASIS_FLOWS_STORAGES."
+                ) from None
+
+
+def _lacks(api: Any, container: str, path: str) -> bool:
+    """Is there certainly no such file in a container that was made?"""
+    answer = api.head(
+        f"{api.base_url}/v{api.api_version}/containers/{container}/archive", params={"path": path}, timeout=api.timeout
+    )
+    return bool(answer.status_code == 404)
 
 
 def not_started(job: ContainerJob, meaning: Exception | Reason, words: str, force: Mapping[str, object]) -> ContainerExit:
@@ -197,8 +226,10 @@ class Supervision:
                     lease.renew(self._job.lease)
             if self._note_passed(quota.passed):
                 clock.stop_now()
+            if self._job.wrapper is not None and self._job.wrapper.ended.exists():
+                clock.linger(self._job.wrapper.linger_seconds)
             if signal_name := clock.due():
-                self._stopped_at_timeout |= self._passed is None
+                self._stopped_at_timeout |= self._passed is None and not clock.lingers
                 self._kill(signal_name)
         if pump.failure is None and not self._stopped_at_timeout:
             self._note_passed(quota.at_end())
@@ -287,14 +318,23 @@ class _Clock:
         passed = (datetime.now(UTC) - started).total_seconds() if started else 0.0
         self._grace = job.stop_grace_seconds
         self._name = job.run_id
+        self.lingers, self._stopping = False, False
         self._next: list[tuple[float, str]] = []
         if job.timeout_seconds is not None:
             end = time.monotonic() + job.timeout_seconds - max(passed, 0.0)
             self._next = [(end, "SIGTERM"), (end + self._grace, "SIGKILL"), (end + self._grace + _SECONDS_TO_DIE, "")]
 
+    def linger(self, seconds: float) -> None:
+        """The time limit was kept; from now on there are so many seconds left. Of no effect once a signal was sent."""
+        if self.lingers or self._stopping:
+            return
+        self.lingers = True
+        end = time.monotonic() + seconds
+        self._next = [(end, "SIGTERM"), (end + self._grace, "SIGKILL"), (end + self._grace + _SECONDS_TO_DIE, "")]
+
     def stop_now(self) -> None:
         """From now on it has to die: what passed a limit would go on passing it in its grace."""
-        now = time.monotonic()
+        now, self._stopping = time.monotonic(), True
         # Again and again, for the engine may be away for a moment.
         self._next = [*((now + after, "SIGKILL") for after in (0, 1, 5, 20)), (now + _SECONDS_TO_DIE, "")]
 
@@ -303,6 +343,7 @@ class _Clock:
         if not self._next or time.monotonic() < self._next[0][0]:
             return ""
         _, name = self._next.pop(0)
+        self._stopping = True
         if not name:
             raise EngineError(
                 f"The container of run {self._name} does not die. A process in it hangs in the kernel (a network file "

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from socket import gethostname
 from typing import Any
 
-from ..errors import UnsupportedByEngine
-from ..job import ContainerJob, Resources
+from ..errors import DescriptionError, UnsupportedByEngine
+from ..job import ContainerJob, Mount, Resources, StorageMount
 from .docker_errors import HOW_TO_DELEGATE
 
 RUN_ID = "io.oasis.run-id"
@@ -63,6 +63,7 @@ def job_digest(job: ContainerJob) -> str:
         sorted(job.secret_environment),
     ]
     said += [[(str(m.source), m.target, m.read_only) for m in job.mounts], job.working_dir, job.user, repr(job.resources)]
+    said += [repr(job.storages), job.wrapper and job.wrapper.argv]
     return hashlib.sha256(json.dumps([*said, repr(job.sandbox)]).encode("utf-8", "backslashreplace")).hexdigest()[:32]
 
 
@@ -73,6 +74,8 @@ def create_body(job: ContainerJob, info: Mapping[str, Any], image: Mapping[str, 
     if command == () and entrypoint is None:
         # An empty list means "the image's own" to the engine, unless an entrypoint is given.
         entrypoint = tuple((image.get("Config") or {}).get("Entrypoint") or ())
+    if job.wrapper is not None:
+        entrypoint, command = job.wrapper.argv, _argv(job, image)
     return {
         "Image": job.image,
         "Entrypoint": None if entrypoint is None else list(entrypoint) or [""],
@@ -94,11 +97,37 @@ def create_body(job: ContainerJob, info: Mapping[str, Any], image: Mapping[str, 
     }
 
 
+def _argv(job: ContainerJob, image: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the engine would run by itself."""
+    config = image.get("Config") or {}
+    own = job.entrypoint if job.entrypoint is not None else tuple(config.get("Entrypoint") or ())
+    more = job.command if job.command is not None else () if job.entrypoint is not None else tuple(config.get("Cmd") or ())
+    return (*own, *more)
+
+
+def refuse_wrapped(job: ContainerJob, image: Mapping[str, Any]) -> None:
+    """Return if a shell can be the job's wrapper.
+
+    Raises:
+        DescriptionError: there is nothing to run; or the shell would drop a variable, because it could not name it.
+    """
+    if not _argv(job, image):
+        raise DescriptionError(
+            "Neither the algorithm nor its image says what to run. Write `command` in the Algorithm document."
+        )
+    own = [variable.partition("=")[0] for variable in (image.get("Config") or {}).get("Env") or ()]
+    if strange := [name for name in (*own, *job.environment) if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)]:
+        raise DescriptionError(
+            f"A shell, which runs the prerequisites, cannot keep the variable {strange[0]!r} for the algorithm. Give it a name of "
+            "letters, digits and _ in the document or the image, or leave out the prerequisites."
+        )
+
+
 def _host_config(job: ContainerJob, info: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, Any]:
     resources, sandbox = job.resources, job.sandbox
     # The engine gives each VOLUME of an image a folder on its own disk: writable under a read-only root, and without limit.
     volumes = () if sandbox.writable_root else (image.get("Config") or {}).get("Volumes") or ()
-    in_memory = {"/tmp", *map(posixpath.normpath, volumes)} - {m.target for m in job.mounts}  # noqa: S108
+    in_memory = {"/tmp", *map(posixpath.normpath, volumes)} - {m.target for m in _mounted(job)}  # noqa: S108
     tmp = "rw,exec,nosuid,nodev,mode=1777" + (f",size={resources.tmp_bytes}" if resources.tmp_bytes else "")
     config: dict[str, Any] = {
         "NetworkMode": "bridge" if sandbox.network else "none",
@@ -111,7 +140,7 @@ def _host_config(job: ContainerJob, info: Mapping[str, Any], image: Mapping[str,
         "Memory": resources.memory_bytes,
         "NanoCpus": round(resources.cpus * 1e9),
         "Init": True,
-        "Mounts": [{"Type": "bind", "Source": str(m.source), "Target": m.target, "ReadOnly": m.read_only} for m in job.mounts],
+        "Mounts": [_mount(str(m.source), m.target, read_only=m.read_only) for m in _mounted(job)],
         "DeviceRequests": _device_requests(resources),
     }
     if info.get("SwapLimit"):
@@ -122,6 +151,16 @@ def _host_config(job: ContainerJob, info: Mapping[str, Any], image: Mapping[str,
     if driver := next((name for name in KEPT_LOG if name in drivers), None):
         config["LogConfig"] = {"Type": driver, "Config": KEPT_LOG[driver]}
     return config
+
+
+def _mounted(job: ContainerJob) -> tuple[Mount | StorageMount, ...]:
+    return (*job.mounts, *job.storages)
+
+
+def _mount(source: str, target: str, *, read_only: bool) -> dict[str, Any]:
+    mount: dict[str, Any] = {"Source": source, "Target": target, "ReadOnly": read_only}
+    # The engine would fill an empty volume with what the image has there.
+    return mount | ({"Type": "bind"} if source.startswith("/") else {"Type": "volume", "VolumeOptions": {"NoCopy": True}})
 
 
 def _device_requests(resources: Resources) -> list[dict[str, Any]]:
@@ -211,7 +250,7 @@ def in_force(container: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str,
     mounts = [
         {"source": m.get("Source"), "target": m["Destination"], "read_only": not m["RW"]}
         for m in container.get("Mounts") or ()
-        if m.get("Type") in (None, "bind")
+        if m.get("Type") in (None, "bind") or not m["RW"]
     ]
     cpus = (
         host.get("NanoCpus") / 1e9 if host.get("NanoCpus") else (host.get("CpuQuota") or 0) / (host.get("CpuPeriod") or 100_000)
@@ -253,17 +292,18 @@ def looser_than_asked(job: ContainerJob, force: Mapping[str, Any], info: Mapping
     added = {c.removeprefix("CAP_") for c in force["capabilities_added"]}
     asked = {c.removeprefix("CAP_") for c in sandbox.capabilities}
     read_only = {m["target"] for m in force["mounts"] if m["read_only"]}
+    storages = {m.target for m in job.storages if not m.read_only}
     checks = {
         "network": sandbox.network or force["network"] == "none",
         "privileged": not force["privileged"],
         "capabilities": added <= asked and ("ALL" in dropped or dropped | asked >= _DEFAULT_CAPABILITIES),
         "no-new-privileges": sandbox.new_privileges
         or any(o.startswith("no-new-privileges") for o in force["security_options"]),
-        "read-only root": sandbox.writable_root or (force["read_only_root"] and not force["volumes"]),
+        "read-only root": sandbox.writable_root or (force["read_only_root"] and set(force["volumes"]) <= storages),
         "memory": force["memory_bytes"] == resources.memory_bytes and not force["oom_kill_disabled"],
         "swap": not info.get("SwapLimit") or force["memory_and_swap_bytes"] == resources.memory_bytes,
         "pids": force["pids"] == resources.pids,
         "cpus": abs(force["cpus"] - resources.cpus) < 1e-3 * max(1.0, resources.cpus),
-        "read-only mounts": all(m.target in read_only for m in job.mounts if m.read_only),
+        "read-only mounts": all(m.target in read_only for m in _mounted(job) if m.read_only),
     }
     return tuple(name for name, holds in checks.items() if not holds)

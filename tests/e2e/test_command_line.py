@@ -219,7 +219,7 @@ def test_the_shipped_catalogue_is_correct_and_a_wrong_one_ends_with_two(written,
 
     right, wrong = check("blocks"), check(written({"dataset/d.yaml": "url: photos\n"}))
 
-    assert (right.returncode, right.stdout) == (0, "2 documents, nothing to correct.\n")
+    assert (right.returncode, right.stdout) == (0, "7 documents, nothing to correct.\n")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("oasis-flows: The catalogue has problems.")
     assert "Traceback" not in wrong.stderr

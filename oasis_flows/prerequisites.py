@@ -1,0 +1,159 @@
+"""What has to be in place before an algorithm runs: from the list in its document to callbacks and storages, in order.
+
+Pure: `resolve` is told where to find an item. Whatever an item requires comes before it, and each item comes once for the
+same values of its variables, however often it is required.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from .command import Scalar, as_text
+from .errors import InvalidPrerequisite, MarketplaceUnavailable
+from .item import Callback, Item, Requirement
+from .storages import Storage, checked_path, merged
+from .template import in_command, in_text, placeholders
+
+_DEEPEST = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An item, where it really came from, and the SHA-256 of what was read there."""
+
+    item: Item
+    source: str
+    sha256: str
+
+
+Find = Callable[[str], Found]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """An item with its variables filled in. `chain` leads to it from the algorithm, by names; `uri` is how it was asked for."""
+
+    item: Item
+    uri: str
+    source: str
+    sha256: str
+    chain: tuple[str, ...]
+    variables: Mapping[str, Scalar]
+    callbacks: tuple[Callback, ...]
+    storages: tuple[Storage, ...]
+    secrets: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """All prerequisites of an algorithm: the steps, dependencies first, and the storages to mount, each path once."""
+
+    steps: tuple[Step, ...] = ()
+    storages: tuple[Storage, ...] = ()
+
+    @property
+    def callbacks(self) -> tuple[tuple[Step, Callback], ...]:
+        """Every callback with its step, in the order of the steps."""
+        return tuple((step, callback) for step in self.steps for callback in step.callbacks)
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The Secret blocks that commands refer to."""
+        return tuple(sorted({block for step in self.steps for block in step.secrets}))
+
+
+def resolve(algorithm: str, required: Sequence[Requirement], find: Find, *, working_dir: str, network: bool) -> Resolution:
+    """Everything that the algorithm requires, found, filled in, and put in order.
+
+    Raises:
+        InvalidPrerequisite: an item that is not there or makes no sense, a variable that is missing or unknown or would be
+            read as shell syntax, a circle, a storage in another's place, or an item that needs the network, which the
+            algorithm (`network`) does not have. The message has the chain from the algorithm to the culprit.
+        MarketplaceUnavailable: where an item should be did not answer.
+    """
+    steps: dict[tuple[str, tuple[tuple[str, str], ...]], Step] = {}
+
+    def add(requirement: Requirement, chain: tuple[str, ...], open_sources: tuple[str, ...]) -> None:
+        asked = (*chain, requirement.uri)
+        try:
+            found = find(requirement.uri)
+        except (InvalidPrerequisite, MarketplaceUnavailable) as error:
+            raise type(error)(_at(asked, str(error))) from error
+        here = (*chain, found.item.name)
+        if found.source in open_sources:
+            circle = (*here[open_sources.index(found.source) + 1 :],)
+            raise InvalidPrerequisite(
+                _at(here, f"they require one another in a circle, {' → '.join(circle)}. Remove one of the requirements")
+            )
+        if len(here) > _DEEPEST:
+            raise InvalidPrerequisite(_at(here[:3], f"they require one another more than {_DEEPEST} deep. Require fewer"))
+        try:
+            _check_variables(found.item, dict(requirement.variables))
+            _check_network(found.item, network=network)
+        except InvalidPrerequisite as error:
+            raise InvalidPrerequisite(_at(here, str(error))) from None
+        key = (found.source, tuple(sorted((name, as_text(value)) for name, value in requirement.variables)))
+        if key in steps:
+            return
+        for each in found.item.requires:
+            add(each, here, (*open_sources, found.source))
+        steps[key] = _step(found, requirement, here)
+
+    for requirement in required:
+        add(requirement, (algorithm,), ())
+    ordered = tuple(steps.values())
+    return Resolution(ordered, merged((storage for step in ordered for storage in step.storages), working_dir))
+
+
+def _step(found: Found, requirement: Requirement, chain: tuple[str, ...]) -> Step:
+    values, item = dict(requirement.variables), found.item
+    try:
+        callbacks = tuple(Callback(c.event, tuple(in_command(text, values) for text in c.commands)) for c in item.callbacks)
+        storages = tuple(_storage(storage, values, " → ".join(chain)) for storage in item.storages)
+    except InvalidPrerequisite as error:
+        raise InvalidPrerequisite(_at(chain, str(error))) from None
+    return Step(
+        item=item,
+        uri=requirement.uri,
+        source=found.source,
+        sha256=found.sha256,
+        chain=chain,
+        variables=values,
+        callbacks=callbacks,
+        storages=storages,
+        secrets=tuple(sorted(set(_secrets(item)))),
+    )
+
+
+def _storage(storage: Storage, values: Mapping[str, Scalar], needed_by: str) -> Storage:
+    path = checked_path(in_text(storage.path, values))
+    return replace(storage, name=in_text(storage.name, values), path=path, needed_by=needed_by)
+
+
+def _secrets(item: Item) -> Iterator[str]:
+    for callback in item.callbacks:
+        for command in callback.commands:
+            yield from (found.secret for found in placeholders(command) if found.secret)
+
+
+def _check_variables(item: Item, given: Mapping[str, Scalar]) -> None:
+    if missing := [name for name in item.variables if name not in given]:
+        raise InvalidPrerequisite(
+            f"it asks for the template variable {missing[0]}, which is not given. Whoever requires it writes "
+            f"template_variables: {{{missing[0]}: VALUE}}"
+        )
+    if unknown := [name for name in given if name not in item.variables]:
+        known = f"It has {', '.join(item.variables)}" if item.variables else "It has none"
+        raise InvalidPrerequisite(f"it has no template variable {unknown[0]}. {known}")
+
+
+def _check_network(item: Item, *, network: bool) -> None:
+    if item.network and not network:
+        raise InvalidPrerequisite(
+            "it needs the network, which the algorithm does not have. Set network: true in the Algorithm document"
+        )
+
+
+def _at(chain: Sequence[str], why: str) -> str:
+    return f"A prerequisite cannot be used ({' → '.join(chain)}): {why.rstrip('.')}."
