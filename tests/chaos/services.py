@@ -43,7 +43,12 @@ class Service:
             os.killpg(self._process.pid, number)
         else:
             self._process.send_signal(number)
-        self._process.wait(60)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            # A Prefect worker whose server is away may not come to an end; a service manager waits for it no longer, either.
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(60)
 
     def stop_for(self, seconds: float) -> None:
         """Let nothing of it run for a while."""
