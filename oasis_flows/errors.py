@@ -8,6 +8,7 @@
     ├── DatasetError             fix the data or the store
     │   ├── DatasetNotFound          nothing there, or a run that never published
     │   ├── UnsafeName               a file name or link that cannot be carried safely
+    │   ├── DuplicateName            two shards of a batch wrote the same name
     │   ├── ChecksumMismatch         the bytes are not those of the manifest
     │   ├── StoreDenied              wrong credentials, or no right to do this
     │   ├── StoreFull
@@ -16,12 +17,14 @@
     │   ├── EngineUnavailable *      no engine answered
     │   ├── ImageDenied              the registry refuses these credentials
     │   ├── RegistryUnavailable *    the registry did not answer
+    │   ├── NoCapacity               no machine is large enough, however long one waits
     │   ├── UnsupportedByEngine      it cannot do what the description asks for
     │   │   └── NoGpu
     │   └── ContainerLost *          it vanished before its exit was known
     ├── ServerUnavailable *      the Prefect server did not answer
     ├── ProcessGone *            a run's process was killed; told by the reaper, never raised
     ├── RunInUse                 another process works on this very run
+    ├── FilesFailed              some files of a batch failed alone; the others' output is published
     └── AlgorithmFailed          it ran and failed: read its log; its code is its verdict's
 
 `*` marks `transient`: the same call may succeed later, and the tasks try again. A message says what happened to which
@@ -95,6 +98,12 @@ class UnsafeName(DatasetError):
     code = "unsafe_name"
 
 
+class DuplicateName(DatasetError):
+    """Two shards of a batch wrote a file of the same name."""
+
+    code = "duplicate_name"
+
+
 class ChecksumMismatch(DatasetError):
     """The bytes differ from those that the manifest promises."""
 
@@ -150,6 +159,13 @@ class RegistryUnavailable(EngineError):
     transient = True
 
 
+class NoCapacity(EngineError):
+    """No machine is large enough for the algorithm, even if nothing else ran there."""
+
+    code = "no_capacity"
+    exit_code = 2
+
+
 class UnsupportedByEngine(EngineError):
     """The engine cannot do what the description asks for, and said so before anything started."""
 
@@ -187,6 +203,14 @@ class RunInUse(OasisError):
     """Another process works on this very run."""
 
     code = "run_in_use"
+
+
+class FilesFailed(OasisError):
+    """Some files of a batch made the algorithm fail, each alone. What came of the others is published, or too many failed."""
+
+    code = "files_failed"
+    exit_code = 1
+    stage = "run_container"
 
 
 class AlgorithmFailed(OasisError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prefect.blocks.system import Secret
@@ -21,8 +21,21 @@ from .errors import DescriptionError, NoGpu
 from .job import ContainerJob, ImageSource, Mount, RegistryLogin, Resources, Sandbox, parse_bytes
 from .machine import open_engine
 from .settings import Settings
+from .sharding import Shard
 from .store import Location
 from .workspace import Workspace
+
+# The folder of a batch's output in which its shards are published.
+SHARDS = "shards"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A run's place in a batch: which files of a saved `listing` it reads, whose names are relative to the folder `base`."""
+
+    shard: Shard
+    listing: Location
+    base: Location
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +43,7 @@ class Plan:
     """One run: what goes in, what runs, and where what comes out is published.
 
     `output` is a folder of the store's `root`. `document_name` is what the output's Dataset document will be called. `argv` holds entrypoint and command with their
-    parameters filled in; `None` leaves the image's own.
+    parameters filled in; `None` leaves the image's own. `part` is set where the run is a shard of a batch.
     """
 
     run_id: str
@@ -50,6 +63,7 @@ class Plan:
     command: tuple[str, ...] | None
     environment: Mapping[str, str]
     secrets: Mapping[str, str] = field(repr=False)
+    part: Part | None = None
 
     @property
     def image(self) -> ImageSource:
@@ -121,11 +135,18 @@ def plan_run(
     )
 
 
+def as_part(plan: Plan, part: Part) -> Plan:
+    """The plan of one shard of the batch that `plan` is: a run of its own, published below the batch's place."""
+    name = part.shard.name
+    return replace(plan, run_id=f"{plan.run_id}.{name}", output=plan.output.child(f"{SHARDS}/{name}"), part=part)
+
+
 def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder: Path, settings: Settings) -> ContainerJob:
     """The container that carries the plan out, on this machine."""
     algorithm = plan.algorithm
     folder = algorithm.working_dir
     gpus = algorithm.gpu_count if algorithm.gpu else 0
+    shard = plan.part.shard if plan.part else None
     return ContainerJob(
         run_id=plan.run_id,
         attempt=plan.attempt,
@@ -140,6 +161,7 @@ def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder:
             "OASIS_OUTPUT": f"{folder}/output",
             "OASIS_RUN_ID": plan.run_id,
             "OASIS_GPU_COUNT": str(gpus),
+            **({"OASIS_SHARD_INDEX": str(shard.index), "OASIS_SHARD_COUNT": str(shard.count)} if shard else {}),
         },
         secret_environment=plan.secrets,
         mounts=(

@@ -6,6 +6,8 @@
                             must see it under the same path
 `OASIS_FLOWS_STOP_GRACE`    seconds between SIGTERM and SIGKILL for a container that has to end (10)
 `OASIS_FLOWS_RETRY_WINDOW`  seconds that the container of a run whose process died waits for a retry to take it up (60)
+`OASIS_FLOWS_HEADROOM`      the part of a machine's processors and memory that batches may fill (0.8)
+`OASIS_FLOWS_CAPACITY`      file with a snapshot of the machines that batches run on, in place of the engine's own answer
 `OASIS_FLOWS_KEEP_HOURS`    how long the workspace of a run that may be retried is kept (24)
 """
 
@@ -28,6 +30,8 @@ class Settings:
     stop_grace_seconds: float
     retry_window_seconds: float
     keep_seconds: float
+    headroom: float
+    capacity: Path | None
 
     @property
     def workspaces(self) -> Path:
@@ -54,6 +58,8 @@ def current() -> Settings:
         stop_grace_seconds=_seconds("OASIS_FLOWS_STOP_GRACE", "10"),
         retry_window_seconds=_seconds("OASIS_FLOWS_RETRY_WINDOW", "60"),
         keep_seconds=3600 * _seconds("OASIS_FLOWS_KEEP_HOURS", "24"),
+        headroom=_part("OASIS_FLOWS_HEADROOM", "0.8"),
+        capacity=Path(env("OASIS_FLOWS_CAPACITY") or "").expanduser() if env("OASIS_FLOWS_CAPACITY") else None,
     )
 
 
@@ -65,4 +71,11 @@ def _seconds(name: str, default: str) -> float:
         value = -1.0
     if not 0 <= value < 1e9:
         raise DescriptionError(f"The setting {name} is {text!r} and must be a number that is not negative, such as {default}.")
+    return value
+
+
+def _part(name: str, default: str) -> float:
+    value = _seconds(name, default)
+    if not 0 < value <= 1:
+        raise DescriptionError(f"The setting {name} is {value:g} and must be more than 0 and at most 1, such as {default}.")
     return value

@@ -7,10 +7,8 @@ from functools import partial
 from typing import Annotated, Any, cast
 
 from prefect import runtime
-from prefect.blocks.core import Block
 from prefect.logging import get_run_logger
 from prefect.utilities.urls import url_for
-from pydantic import WithJsonSchema, WrapValidator
 
 from .. import documents, settings
 from ..blocks import Algorithm, Dataset, DatasetStore
@@ -25,32 +23,17 @@ from ..reporting import failed, succeeded
 from ..tasks import prepare_image, publish_output, run_container, stage_input
 from ..verdict import Verdict, failure
 from ..workspace import Workspace
-
-# A Python caller may give a document's name; the form and the schema know documents only.
-_OR_NAME = WrapValidator(lambda value, validate: value if isinstance(value, str) else validate(value))
-# Prefect's form shows a JSON editor for a value of no particular type, and nothing to type into for `object or null`.
-_JSON_EDITOR = WithJsonSchema({})
+from .parameters import JSON_EDITOR, OR_NAME, run_name
 
 
-def _run_name() -> str:
-    given = runtime.flow_run.parameters
-    return f"{_name_of(given.get('algorithm'))} on {_name_of(given.get('input_dataset'))}"
-
-
-def _name_of(value: object) -> str:
-    if isinstance(value, Block):
-        return str(value._block_document_name or getattr(value, "url", value.get_block_type_slug()))
-    return value if isinstance(value, str) else "?"
-
-
-@document_flow(name="algorithm-task", flow_run_name=_run_name, on_cancellation=[clean_up], on_crashed=[clean_up])
+@document_flow(name="algorithm-task", flow_run_name=run_name, on_cancellation=[clean_up], on_crashed=[clean_up])
 def algorithm_task(
-    algorithm: Annotated[Algorithm, _OR_NAME],
-    input_dataset: Annotated[Dataset, _OR_NAME],
+    algorithm: Annotated[Algorithm, OR_NAME],
+    input_dataset: Annotated[Dataset, OR_NAME],
     *,
     output_name: str | None = None,
-    store: Annotated[DatasetStore | None, _OR_NAME] = None,
-    parameters: Annotated[dict[str, Any] | None, _JSON_EDITOR] = None,
+    store: Annotated[DatasetStore | None, OR_NAME] = None,
+    parameters: Annotated[dict[str, Any] | None, JSON_EDITOR] = None,
 ) -> Dataset:
     """Run an algorithm on a dataset, and publish what it writes as a new dataset.
 
