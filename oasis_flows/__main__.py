@@ -85,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     batch = commands.add_parser("batch", help="run an algorithm on a large dataset in shards, as many at once as fit")
     _run_arguments(batch)
     _batch_arguments(batch)
+    batch.add_argument(
+        "--fan-out",
+        choices=["in-process", "work-pool"],
+        metavar="WHERE",
+        help="in-process (default), or work-pool: on its workers",
+    )
     batch.add_argument("--resume", metavar="RUN", help="id or name of an earlier run of this batch, to go on with what is left")
     batch.add_argument("--follow", action="store_true", help="show the log while it happens")
     batch.add_argument("--json", action="store_true", help="print the result as one line of JSON")
@@ -140,7 +146,10 @@ def _batch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", type=int, metavar="N", help="how many shards, of about equally many bytes")
     parser.add_argument("--max-parallel", type=int, metavar="N", help="at most so many at once (default: as many as fit)")
     parser.add_argument(
-        "--on-failed-files", choices=["fail", "accept"], help="what the batch ends as when files fail alone (default: fail)"
+        "--on-failed-files",
+        choices=["fail", "accept"],
+        metavar="HOW",
+        help="fail or accept: what the batch ends as when files fail alone (default: fail)",
     )
     parser.add_argument(
         "--max-failed-files", type=int, metavar="N", help="give up when more files than this fail alone (default: 100)"

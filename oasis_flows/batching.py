@@ -14,19 +14,18 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from . import store
-from .capacity import Demand, Fit, Node, fit, too_big
+from .capacity import Demand, Fit, Node, Vector, fit, too_big
 from .errors import DatasetError, DescriptionError, NoCapacity
 from .include import included
 from .job import parse_bytes
-from .plan import Part, Plan, as_part
+from .plan import HEAD, Part, Plan, as_part
 from .record import document
-from .settings import Settings
 from .sharding import Layout, Shard, by_bytes, by_files, weigh
 from .store import Listing, Location, Notes
 
@@ -85,13 +84,18 @@ class Batch:
         """Of all files."""
         return sum(self.bytes)
 
+    @property
+    def listing(self) -> Location:
+        """Where the listing that shards are ranges of is saved."""
+        return self.plan.output.child(HEAD)
+
     def shard_plan(self, shard: Shard) -> Plan:
         """The plan of the run that a shard is."""
-        return as_part(self.plan, Part(shard=shard, listing=self.plan.output.child("batch"), base=self.base))
+        return as_part(self.plan, Part(shard=shard, listing=self.listing, base=self.base))
 
     def file_at(self, number: int) -> str:
         """The name of a file, by its place in the listing."""
-        return next(store.read_slice(self.plan.output.child("batch"), number, number + 1)).path
+        return next(store.read_slice(self.listing, number, number + 1)).path
 
 
 def demand_of(plan: Plan) -> Demand:
@@ -122,6 +126,16 @@ def places(plan: Plan, nodes: Sequence[Node], options: Options, headroom: float)
     return min(found.count, options.max_parallel or found.count), found
 
 
+def places_when_empty(plan: Plan, nodes: Sequence[Node], options: Options, headroom: float) -> int:
+    """How many containers could run at once if nothing else did.
+
+    Raises:
+        NoCapacity: none, however long one waits.
+    """
+    check_fits(plan, nodes, headroom)
+    return places(plan, [replace(node, requested=Vector()) for node in nodes], options, headroom)[0]
+
+
 def list_files(plan: Plan, options: Options, folder: Path) -> tuple[Listing, Location]:
     """List the files that the batch is about into a folder of this machine; return what they add up to, and their base.
 
@@ -150,32 +164,31 @@ def cut(listing: Listing, options: Options, at_once: int) -> tuple[Layout, array
     return layout, weigh(layout, listing.sizes)
 
 
-def open_batch(plan: Plan, options: Options, folder: Path, *, image: str, settings: Settings, nodes: Sequence[Node]) -> Batch:
+def open_batch(plan: Plan, options: Options, folder: Path, *, image: str, at_once: int) -> Batch:
     """Write a new batch down, or find the one that an earlier attempt of this run wrote.
+
+    `at_once` is how many containers are thought to run at once, where the options do not say how many shards to make.
 
     Raises:
         DatasetError: there are no files; or they are others than when the batch was begun.
         DescriptionError: it is to go on as another batch than it began.
     """
-    notes = Notes(plan.output.child("batch"))
+    notes = Notes(plan.output.child(HEAD))
     listing, base = list_files(plan, options, folder)
     asked = _asked(plan, options, image, listing)
     head = notes.read("head.json")
     if head is None:
         store.check_writable(plan.root)
         store.begin(plan.output)
-        at_once, _ = places(
-            plan, [Node(name=n.name, allocatable=n.allocatable, closed=n.closed) for n in nodes], options, settings.headroom
-        )
         layout, bytes = cut(listing, options, at_once)
-        store.save_listing(folder, plan.output.child("batch"))
+        store.save_listing(folder, plan.output.child(HEAD))
         notes.write("layout.json", json.dumps({"ends": list(layout.ends), "bytes": list(bytes)}).encode())
         notes.write("head.json", json.dumps(asked, indent=2, ensure_ascii=False, default=str).encode())
     else:
         _check_same(
             json.loads(head),
             json.loads(json.dumps(asked, default=str)),
-            partial(store.changes, folder, plan.output.child("batch")),
+            partial(store.changes, folder, plan.output.child(HEAD)),
         )
         found = json.loads(notes.read("layout.json") or b"{}")
         layout, bytes = Layout(found["ends"]), array("q", found["bytes"])

@@ -15,6 +15,7 @@ from prefect.logging import get_run_logger
 from .batching import Batch, demand_of, places
 from .capacity import described
 from .errors import EngineError, EngineUnavailable, OasisError
+from .ledger import Ledger
 from .machine import nodes_now, open_engine
 from .schedule import Attempt, Ending, Schedule
 from .settings import Settings
@@ -152,9 +153,9 @@ def in_process(shards: Shards, settings: Settings) -> Iterator[InProcess]:
             raise
 
 
-def schedule_of(batch: Batch, shards: Shards) -> Schedule:
+def schedule_of(batch: Batch, ledger: Ledger) -> Schedule:
     """What is left to do: what the ledger knows is done."""
-    known = {row.shard: row.ending for row in shards.ledger.rows()}
+    known = {row.shard: row.ending for row in ledger.rows()}
     return Schedule(
         batch.layout,
         batch.bytes,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prefect.blocks.system import Secret
+from pydantic import BaseModel, Field
 
 from . import command as commands, documents
 from .blocks import Algorithm, Dataset, DatasetStore, DockerImage
@@ -25,8 +26,8 @@ from .sharding import Shard
 from .store import Location
 from .workspace import Workspace
 
-# The folder of a batch's output in which its shards are published.
-SHARDS = "shards"
+# The folders of a batch's output in which its shards are published, and in which it is written down.
+SHARDS, HEAD = "shards", "batch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,18 @@ class Part:
     shard: Shard
     listing: Location
     base: Location
+
+
+class ShardOf(BaseModel):
+    """Which part of a batch a run is: the files from `start` to before `end` of a listing. Batches make it; people do not."""
+
+    listing: str = Field(description="URL of the folder with the batch's listing.")
+    base: str = Field(description="URL of the folder that the names in the listing are relative to.")
+    name: str = Field(pattern=r"^\d+(\.[01])*$", description="Name of the shard.")
+    index: int = Field(ge=0, description="Place of the shard among those that were planned.")
+    count: int = Field(ge=1, description="How many shards were planned.")
+    start: int = Field(ge=0, description="Its first file, by its place in the listing.")
+    end: int = Field(ge=1, description="The file behind its last one.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +152,24 @@ def as_part(plan: Plan, part: Part) -> Plan:
     """The plan of one shard of the batch that `plan` is: a run of its own, published below the batch's place."""
     name = part.shard.name
     return replace(plan, run_id=f"{plan.run_id}.{name}", output=plan.output.child(f"{SHARDS}/{name}"), part=part)
+
+
+def as_shard(plan: Plan, of: ShardOf) -> Plan:
+    """The plan of a run that is a shard of another run's batch: published below that batch's place.
+
+    Raises:
+        DescriptionError: that place is not in the store of this run.
+    """
+    place, _, folder = of.listing.rpartition("/")
+    if folder != HEAD or not place.startswith(f"{plan.root.url.rstrip('/')}/"):
+        raise DescriptionError(
+            f"The listing {of.listing} is not that of a batch in the store {plan.root.url}. Worker and batch need the same store: "
+            "name it in `store`, or make one a document named default."
+        )
+    shard = Shard(name=of.name, index=of.index, count=of.count, start=of.start, end=of.end)
+    base = Location(of.base, plan.source.options)
+    part = Part(shard=shard, listing=Location(of.listing, plan.root.options), base=base)
+    return replace(plan, output=Location(f"{place}/{SHARDS}/{of.name}", plan.root.options), part=part)
 
 
 def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder: Path, settings: Settings) -> ContainerJob:

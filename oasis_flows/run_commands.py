@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -17,9 +17,9 @@ from uuid import uuid4
 from prefect.client.schemas.objects import State
 
 from . import documents, progress, settings
-from .batching import Options as BatchOptions, cut, demand_of, list_files, places
+from .batching import Options as BatchOptions, cut, demand_of, list_files, places, places_when_empty
 from .blocks import Algorithm, Dataset, DatasetStore
-from .capacity import Node, Vector, described, too_big
+from .capacity import Node, described, too_big
 from .command import from_text
 from .errors import DescriptionError, OasisError
 from .flows.algorithm_task import algorithm_task
@@ -51,7 +51,7 @@ def batch(options: Options) -> int:
     chosen = _batch_options(options)
     # What is wrong with the options is said before there is a run of them.
     BatchOptions(**chosen)
-    given = {**_given(options), **chosen}
+    given = {**_given(options), **chosen, **({"fan_out": options.fan_out} if options.fan_out else {})}
     with _shown():
         if options.resume:
             state = begin_again(options.resume, batch_flow, given, settings.current())
@@ -86,8 +86,8 @@ def _planned(plan: Plan, chosen: BatchOptions, nodes: Sequence[Node], here: Sett
     with TemporaryDirectory() as folder, Bar() as bar:
         listing, _ = list_files(plan, chosen, Path(folder))
         bar.show("found", listing.file_count, None, listing.size_bytes, None)
-    empty = [replace(node, requested=Vector()) for node in nodes]
-    layout, bytes = cut(listing, chosen, places(plan, empty, chosen, here.headroom)[0])
+    why = too_big(nodes, demand_of(plan), headroom=here.headroom)
+    layout, bytes = cut(listing, chosen, 1 if why else places_when_empty(plan, nodes, chosen, here.headroom))
     at_once, found = places(plan, nodes, chosen, here.headroom)
     files = [shard.files for shard in layout]
     return {
@@ -100,7 +100,7 @@ def _planned(plan: Plan, chosen: BatchOptions, nodes: Sequence[Node], here: Sett
         ],
         "at_once": at_once,
         "limit": "max_parallel" if at_once < found.count else found.limit,
-        "too_big": too_big(nodes, demand_of(plan), headroom=here.headroom) or None,
+        "too_big": why or None,
         "shards": len(layout),
         "files_per_shard": [min(files), max(files)],
         "bytes_per_shard": [min(bytes), max(bytes)],

@@ -128,15 +128,20 @@ class Shards:
 def ending_of(error: OasisError) -> Ending:
     """What an error means for the schedule."""
     if isinstance(error, AlgorithmFailed):
-        if error.exit.reason in _NEVER_STARTED:
-            return Ending.HOPELESS
-        return {Reason.KILLED: Ending.KILLED, Reason.DISK_FULL: Ending.UNKNOWN}.get(error.exit.reason, Ending.FAILED)
+        return ending_of_reason(error.exit.reason)
     if error.transient or isinstance(error, StoreFull):
         return Ending.UNKNOWN
     if isinstance(error, DatasetError) and not isinstance(error, StoreDenied):
         # A file that is gone, changed, or misnamed by the algorithm: the others may be well.
         return Ending.FAILED
     return Ending.HOPELESS
+
+
+def ending_of_reason(reason: Reason) -> Ending:
+    """What the end of a container that did not succeed means for the schedule."""
+    if reason in _NEVER_STARTED:
+        return Ending.HOPELESS
+    return {Reason.KILLED: Ending.KILLED, Reason.DISK_FULL: Ending.UNKNOWN}.get(reason, Ending.FAILED)
 
 
 @task(name="shard", task_run_name="shard-{attempt.shard.name}", cache_policy=NO_CACHE, persist_result=False)

@@ -17,7 +17,7 @@ from ..errors import DatasetError, OasisError
 from ..job import ContainerExit, Reason
 from ..lifecycle import announce, clean_up, owned_workspace
 from ..manifest import Summary
-from ..plan import Plan, plan_run
+from ..plan import Plan, ShardOf, as_shard, plan_run
 from ..record import Account
 from ..reporting import failed, succeeded
 from ..tasks import prepare_image, publish_output, run_container, stage_input
@@ -34,6 +34,7 @@ def algorithm_task(
     output_name: str | None = None,
     store: Annotated[DatasetStore | None, OR_NAME] = None,
     parameters: Annotated[dict[str, Any] | None, JSON_EDITOR] = None,
+    shard: ShardOf | None = None,
 ) -> Dataset:
     """Run an algorithm on a dataset, and publish what it writes as a new dataset.
 
@@ -45,6 +46,7 @@ def algorithm_task(
         store: Where the output is published. Left at None, that is the store document named default, or else a folder of the
             worker's machine.
         parameters: Values for the algorithm's parameters, such as {"threshold": 2.0}. What is left out has its default.
+        shard: Which part of a batch this is. Batches set it; leave it at None.
 
     Returns:
         The published dataset.
@@ -75,6 +77,8 @@ def algorithm_task(
                     store=documents.resolved(DatasetStore, store) if store else documents.find(DatasetStore, "default"),
                 )
             )
+            if shard is not None:
+                account.plan = plan = as_shard(plan, shard)
             announce(plan)
             account.image = image = prepare_image(plan, workspace, here)
             input_folder, account.staged = stage_input(plan, workspace)
@@ -107,6 +111,8 @@ def _publish(account: Account, workspace: Workspace, verdict: Verdict) -> Datase
         # The algorithm's failure is what its owner has to know; that nothing of it could be kept comes second.
         get_run_logger().error("The output of the failed algorithm could not be published: %s", error)
         log = str(workspace.log)
+    if plan.part is not None and exit.reason is Reason.OK:
+        return Dataset(url=plan.output.url, store=plan.store)
     account.document_url = url_for(dataset) if dataset else None
     if dataset is None:
         raise failure(verdict, exit, log)

@@ -15,7 +15,7 @@ from .. import documents, settings
 from ..artifacts import TransferBar, first_files, show_files, show_shards
 from ..batch_publishing import Published, publish_batch
 from ..batch_record import details, table
-from ..batching import Batch, Options, check_fits, open_batch
+from ..batching import Batch, Options, open_batch, places_when_empty
 from ..blocks import Algorithm, Dataset, DatasetStore
 from ..documents import document_flow, patiently
 from ..errors import OasisError
@@ -30,6 +30,7 @@ from ..schedule import Schedule
 from ..settings import Settings
 from ..shards import Outcome, Shards
 from ..tasks import prepare_image, save_document
+from ..work_pool import WINDOW, work_pool
 from ..workspace import Workspace
 from .parameters import JSON_EDITOR, OR_NAME, run_name
 
@@ -49,6 +50,7 @@ def batch(
     shards: _Count | None = None,
     max_parallel: _Count | None = None,
     include: str | None = None,
+    fan_out: Literal["in-process", "work-pool"] = "in-process",
     on_failed_files: Literal["fail", "accept"] = "fail",
     max_failed_files: _NotNegative = 100,
     algorithm_retries: _NotNegative = 0,
@@ -67,6 +69,8 @@ def batch(
             machine busy.
         max_parallel: At most so many containers at once. Fewer where fewer fit.
         include: Which files, by a pattern such as *.jpg or 2026/**. Left at None, all.
+        fan_out: in-process runs the shards on this machine; work-pool makes each a run of the deployment algorithm-task, wherever
+            its workers are. Then the pool's limits say how many run at once.
         on_failed_files: fail ends the run as Failed when files fail alone; accept takes what came of the others for a success.
             The output of the others is published either way.
         max_failed_files: Give up when more files than this fail alone.
@@ -113,12 +117,14 @@ def batch(
                 )
             )
             announce(plan)
-            nodes = nodes_now(here, without=plan.run_id)
-            check_fits(plan, nodes, here.headroom)
-            account.image = image = prepare_image(plan, workspace, here)
-            work = open_batch(plan, options, workspace.path / "listing", image=image, settings=here, nodes=nodes)
+            if fan_out == "in-process":
+                at_once = places_when_empty(plan, nodes_now(here, without=plan.run_id), options, here.headroom)
+                account.image = image = prepare_image(plan, workspace, here)
+            else:
+                at_once, image = max_parallel or WINDOW, plan.image.image_id or plan.image.image_file or ""
+            work = open_batch(plan, options, workspace.path / "listing", image=image, at_once=at_once)
             ledger = Ledger(plan.output)
-            schedule = _run_shards(work, ledger, workspace, here)
+            schedule = _run_shards(work, ledger, workspace, here, fan_out)
             seconds = {"shards": time.monotonic() - began}
             found = publish_batch(work, ledger, schedule, workspace, seconds=seconds, began=began)
             dataset = _show(work, found, account, workspace)
@@ -130,19 +136,18 @@ def batch(
         return cast(Dataset, dataset)
 
 
-def _run_shards(work: Batch, ledger: Ledger, workspace: Workspace, here: Settings) -> Schedule:
+def _run_shards(work: Batch, ledger: Ledger, workspace: Workspace, here: Settings, fan_out: str) -> Schedule:
     """Run all shards that the ledger does not know; raise what stopped the batch, if anything did."""
-    shards = Shards(work, workspace, here, ledger)
-    schedule = schedule_of(work, shards)
-    bar = TransferBar("shards")
+    schedule, bar = schedule_of(work, ledger), TransferBar("shards")
 
     def tell(outcome: Outcome, final: bool) -> None:
         if final and outcome.error is not None:
             ledger.write(outcome.row)
         bar.move(schedule.files_done + len(schedule.failed), work.layout.file_count, 0, 0)
 
-    with in_process(shards, here) as fan_out:
-        stopped_by = carry_out(schedule, fan_out, tell)
+    shards = Shards(work, workspace, here, ledger)
+    with in_process(shards, here) if fan_out == "in-process" else work_pool(work, ledger) as place:
+        stopped_by = carry_out(schedule, place, tell)
     if stopped_by is not None:
         raise stopped_by
     return schedule

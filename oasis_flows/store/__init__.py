@@ -12,7 +12,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 
-from .dataset import DATA, LOG, MANIFEST, RECORD, Published, published, read_manifest, scan
+from .dataset import DATA, LOG, MANIFEST, RECORD, Published, published, read_manifest, read_record, scan
 from .listing import Listing, changes, read_slice, save_listing, write_listing
 from .merging import begin, commit, merge
 from .notes import Notes
@@ -40,6 +40,7 @@ __all__ = [
     "published",
     "read_file",
     "read_manifest",
+    "read_record",
     "read_slice",
     "save_listing",
     "scan",

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import DatasetError, DatasetNotFound, StoreUnavailable
 from ..manifest import Entry, Summary, Tally, checked, parse, parse_line, sort_key
@@ -76,6 +77,11 @@ def published(location: Location) -> Published | None:
             f"See {LOG} and {RECORD} there; run it again, or take another dataset."
         ) from None
     return Published(location=location, record=record)
+
+
+def read_record(location: Location) -> Mapping[str, Any] | None:
+    """The record at this place, whether or not it is of a dataset; `None` if there is none."""
+    return _record(files(location))
 
 
 def _record(store: Files) -> Mapping[str, object] | None:
