@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .blocks import Algorithm, Dataset, DatasetStore, DockerImage, Prerequisite
     from .errors import AlgorithmFailed, DatasetError, DescriptionError, EngineError, OasisError
     from .flows.algorithm_task import algorithm_task
+    from .flows.batch import batch
 
 __all__ = [
     "Algorithm",
@@ -26,12 +27,14 @@ __all__ = [
     "OasisError",
     "Prerequisite",
     "algorithm_task",
+    "batch",
 ]
 
 _HOMES = {
     "blocks": ("Algorithm", "Dataset", "DatasetStore", "DockerImage", "Prerequisite"),
     "errors": ("AlgorithmFailed", "DatasetError", "DescriptionError", "EngineError", "OasisError"),
     "flows.algorithm_task": ("algorithm_task",),
+    "flows.batch": ("batch",),
 }
 
 

@@ -77,18 +77,33 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(action="check")
 
     run = commands.add_parser("run", help="run an algorithm on a dataset, here and now")
-    run.add_argument("algorithm", metavar="ALGORITHM", help="name of an Algorithm document")
-    run.add_argument("dataset", metavar="DATASET", help="name of a Dataset document")
-    run.add_argument(
-        "-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the algorithm; repeatable"
-    )
-    run.add_argument("--output-name", metavar="NAME", help="name of the output's Dataset document (default: a new one)")
-    run.add_argument(
-        "--store", metavar="NAME", help="DatasetStore document to publish to (default: the one named default, or this machine)"
-    )
+    _run_arguments(run)
     run.add_argument("--follow", action="store_true", help="show the log while it happens")
     run.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     run.set_defaults(action="run")
+
+    batch = commands.add_parser("batch", help="run an algorithm on a large dataset in shards, as many at once as fit")
+    _run_arguments(batch)
+    _batch_arguments(batch)
+    batch.add_argument(
+        "--fan-out",
+        choices=["in-process", "work-pool"],
+        metavar="WHERE",
+        help="in-process (default), or work-pool: on its workers",
+    )
+    batch.add_argument("--resume", metavar="RUN", help="id or name of an earlier run of this batch, to go on with what is left")
+    batch.add_argument("--follow", action="store_true", help="show the log while it happens")
+    batch.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+    batch.set_defaults(action="batch")
+
+    plans = commands.add_parser("plan", help="say what a batch would do, and start nothing")
+    plan = plans.add_subparsers(dest="verb", required=True, metavar="VERB").add_parser("batch", help="plan a batch")
+    _run_arguments(plan)
+    _batch_arguments(plan)
+    plan.add_argument("--resume", metavar="RUN", help="id or name of an earlier run of this batch: say what it has finished")
+    plan.add_argument("--capacity", metavar="FILE", help="a snapshot of the machines, in place of this one's engine")
+    plan.add_argument("--json", action="store_true", help="print the plan as one line of JSON")
+    plan.set_defaults(action="plan_batch")
 
     _dataset_parser(commands.add_parser("dataset", help="describe, list and copy datasets"))
 
@@ -114,6 +129,40 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one line of JSON for each check")
     doctor.set_defaults(action="doctor")
     return parser
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("algorithm", metavar="ALGORITHM", help="name of an Algorithm document")
+    parser.add_argument("dataset", metavar="DATASET", help="name of a Dataset document")
+    parser.add_argument(
+        "-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the algorithm; repeatable"
+    )
+    parser.add_argument("--output-name", metavar="NAME", help="name of the output's Dataset document (default: a new one)")
+    parser.add_argument(
+        "--store", metavar="NAME", help="DatasetStore document to publish to (default: the one named default, or this machine)"
+    )
+
+
+def _batch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--include", metavar="PATTERN", help="which files, such as *.jpg or 2026/** (default: all)")
+    parser.add_argument("--files-per-shard", type=int, metavar="N", help="how many files one container gets")
+    parser.add_argument("--shards", type=int, metavar="N", help="how many shards, of about equally many bytes")
+    parser.add_argument("--max-parallel", type=int, metavar="N", help="at most so many at once (default: as many as fit)")
+    parser.add_argument(
+        "--on-failed-files",
+        choices=["fail", "accept"],
+        metavar="HOW",
+        help="fail or accept: what the batch ends as when files fail alone (default: fail)",
+    )
+    parser.add_argument(
+        "--max-failed-files", type=int, metavar="N", help="give up when more files than this fail alone (default: 100)"
+    )
+    parser.add_argument(
+        "--algorithm-retries",
+        type=int,
+        metavar="N",
+        help="how often a shard that its algorithm failed is tried again (default: 0)",
+    )
 
 
 def _dataset_parser(dataset: argparse.ArgumentParser) -> None:

@@ -6,11 +6,11 @@ What Prefect does not take changes nothing about what becomes of the run: a warn
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from uuid import UUID
 
 from prefect.artifacts import (
@@ -29,7 +29,7 @@ from .manifest import Entry, Summary
 from .store import MANIFEST, read_manifest
 from .verdict import Verdict
 
-PAGE, FILES = "oasis-run", "oasis-output"
+PAGE, FILES, SHARD_TABLE = "oasis-run", "oasis-output", "oasis-batch"
 FAILED_EVENT, FAILED_TAG = "oasis-flows.run.failed", "failed:"
 MOST_FILES = 500
 _PATIENCE_SECONDS = 3.0
@@ -49,18 +49,30 @@ def first_files(manifest: Path) -> tuple[Entry, ...]:
         return ()
 
 
-def show_files(files: Sequence[Entry], published: Summary, url: str, *, whole: bool) -> None:
-    """Show the published files as a table, if there are any. `whole`: they are a dataset, and have a manifest."""
+def show_files(files: Sequence[Entry], published: Summary, url: str, *, whole: bool, folder: str = "data") -> None:
+    """Show the published files, which are in a `folder` of `url`, as a table. `whole`: they are a dataset, and have a manifest."""
     if not files:
         return
     rows = [{"file": file.path, "size": human_bytes(file.bytes), "sha256": (file.sha256 or "")[:12]} for file in files]
-    about = f"{counted(published.file_count, 'file')}, {human_bytes(published.size_bytes)}, in `{url}/data`."
+    about = f"{counted(published.file_count, 'file')}, {human_bytes(published.size_bytes)}, in `{url}/{folder}`."
     more = published.file_count - len(files)
     if more:
-        rest = f"all are listed in `{url}/{MANIFEST}`" if whole else f"see `{url}/data` for all"
+        rest = f"all are listed in `{url}/{MANIFEST}`" if whole else f"see `{url}/{folder}` for all"
         about = f"{about} The first {len(files)} are shown, {more} more are not: {rest}."
     with harmless("The list of output files"):
         create_table_artifact(rows, key=FILES, description=about)
+
+
+def show_shards(rows: Sequence[Mapping[str, Any]], all_rows: int) -> None:
+    """Show the shards of a batch as a table; `all_rows` is how many there are, more than are shown perhaps."""
+    if rows:
+        about = (
+            f"{all_rows} shards. The first {len(rows)} are shown, failed ones first."
+            if len(rows) < all_rows
+            else f"{all_rows} shards."
+        )
+        with harmless("The list of shards"):
+            create_table_artifact([dict(row) for row in rows], key=SHARD_TABLE, description=about)
 
 
 def tell_failure(client: SyncPrefectClient, run_id: UUID, name: str, verdict: Verdict) -> None:

@@ -33,7 +33,9 @@ _LOGO = DockerHost._logo_url
 # A refusal must not quote what was given: it may be a secret in the wrong place.
 _CONFIG = ConfigDict(hide_input_in_errors=True)
 
-RESERVED_VARIABLES = frozenset({"OASIS_INPUT", "OASIS_OUTPUT", "OASIS_RUN_ID", "OASIS_GPU_COUNT"})
+RESERVED_VARIABLES = frozenset(
+    {"OASIS_INPUT", "OASIS_OUTPUT", "OASIS_RUN_ID", "OASIS_GPU_COUNT", "OASIS_SHARD_INDEX", "OASIS_SHARD_COUNT"}
+)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
 _PARAMETER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(:[A-Za-z0-9_][A-Za-z0-9_.\-]*)?")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -13,26 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from prefect.client.schemas.objects import State
-
-from . import catalogue, documents, item, listing, marketplace, openpai, progress, reaper, settings, store as stores
+from . import catalogue, documents, item, listing, marketplace, openpai, reaper, settings, store as stores
 from .blocks import Algorithm, Dataset, DatasetStore
-from .command import from_text
 from .doctor import examine
 from .documents import denied
-from .errors import DescriptionError, OasisError
-from .flows.algorithm_task import algorithm_task
+from .errors import DescriptionError
 from .job import counted, human_bytes
 from .manifest import Entry, Tally, to_line
 from .plan import checked_name, location, prerequisites_of
 from .progress import Bar
+from .run_commands import batch, plan_batch, run
 from .running import follow, open_log, split_lines
-from .verdict import judge
+
+__all__ = ["apply", "batch", "check", "dataset_add", "dataset_get", "dataset_ls", "doctor", "log", "plan_batch", "reap", "run"]
 
 Options = argparse.Namespace
-
-# How much of Prefect's log is shown on stderr; `main` sets it, unless the user did.
-CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 
 
 def apply(options: Options) -> int:
@@ -45,33 +39,6 @@ def check(options: Options) -> int:
     found = catalogue.read(Path(options.folder))
     print(f"{len(found)} documents, nothing to correct.")
     return 0
-
-
-def run(options: Options) -> int:
-    algorithm = documents.load(Algorithm, options.algorithm)
-    documents.load(Dataset, options.dataset)
-    if options.store:
-        documents.load(DatasetStore, options.store)
-    given = from_text(algorithm.parameters, _pairs(options.parameter))
-    # Among the lines of Prefect's log a bar has no place.
-    quiet = os.environ.get(CONSOLE_LEVEL) == "CRITICAL"
-    with Bar(wanted=quiet) as bar, progress.heard_by(bar.show):
-        state = cast(
-            State[Any],
-            algorithm_task(
-                options.algorithm,
-                options.dataset,
-                output_name=options.output_name,
-                store=options.store,
-                parameters=given or None,
-                return_state=True,
-            ),
-        )
-    result = state.result(raise_on_failure=False)
-    _print_run(state, result, as_json=options.json)
-    if isinstance(result, Dataset):
-        return 0
-    return result.exit_code if isinstance(result, OasisError) else 3
 
 
 def dataset_add(options: Options) -> int:
@@ -253,41 +220,6 @@ def translated(error: Exception) -> tuple[str, int]:
         advice = "Check PREFECT_API_URL, or start one: prefect server start."
         return f"the Prefect server does not answer ({type(error).__name__}: {text}). {advice}", 3
     return f"{type(error).__name__}: {text}. Set OASIS_FLOWS_TRACEBACK=1 to see where.", 3
-
-
-def _pairs(written: list[str]) -> dict[str, str]:
-    pairs = dict(pair.partition("=")[::2] for pair in written if "=" in pair)
-    if bad := [pair for pair in written if "=" not in pair]:
-        raise DescriptionError(f"The parameter {bad[0]!r} has no value. Write --parameter NAME=VALUE.")
-    return pairs
-
-
-def _print_run(state: State[Any], result: object, *, as_json: bool) -> None:
-    run_id = str(state.state_details.flow_run_id)
-    source = open_log(run_id, settings.current())
-    tail = b"".join(source.tail(10)).decode(errors="replace").splitlines()
-    facts = {
-        "flow_run_id": run_id,
-        "state": state.name,
-        "status": "Succeeded" if state.is_completed() else "Failed",
-        "message": state.message if not state.is_completed() else None,
-        "verdict": judge(result).to_json() if isinstance(result, OasisError) else None,
-        "dataset": result._block_document_name if isinstance(result, Dataset) else None,
-        "url": source.url,
-        "ui_url": source.ui_url,
-        "log_tail": tail,
-    }
-    if as_json:
-        print(json.dumps(facts))
-        return
-    print(f"{facts['status']} ({facts['state']}): run {run_id}")
-    if isinstance(result, Exception):
-        print(f"oasis-flows: {result}", file=sys.stderr)
-    if facts["dataset"]:
-        print(
-            f"dataset/{facts['dataset']}: {cast(Dataset, result).file_count} files, {human_bytes(cast(Dataset, result).size_bytes)}"
-        )
-    print(f"in {source.url}" if source.url else "nothing was published")
 
 
 def _printable(entry: Entry) -> str:

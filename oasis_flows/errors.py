@@ -9,6 +9,7 @@
     ├── DatasetError             fix the data or the store
     │   ├── DatasetNotFound          nothing there, or a run that never published
     │   ├── UnsafeName               a file name or link that cannot be carried safely
+    │   ├── DuplicateName            two shards of a batch wrote the same name
     │   ├── ChecksumMismatch         the bytes are not those of the manifest
     │   ├── StoreDenied              wrong credentials, or no right to do this
     │   ├── StoreFull
@@ -17,6 +18,7 @@
     │   ├── EngineUnavailable *      no engine answered
     │   ├── ImageDenied              the registry refuses these credentials
     │   ├── RegistryUnavailable *    the registry did not answer
+    │   ├── NoCapacity               no machine is large enough, however long one waits
     │   ├── UnsupportedByEngine      it cannot do what the description asks for
     │   │   └── NoGpu
     │   └── ContainerLost *          it vanished before its exit was known
@@ -26,6 +28,7 @@
     ├── ProcessGone *            a run's process was killed; told by the reaper, never raised
     ├── RunInUse                 another process works on this very run
     ├── InternalError            a fault of this package, or of a library beneath
+    ├── FilesFailed              some files of a batch failed alone; the others' output is published
     └── AlgorithmFailed          it ran and failed: read its log; its code is its verdict's
 
 `*` marks `transient`: the same call may succeed later, and the tasks try again. A message says what happened to which
@@ -105,6 +108,12 @@ class UnsafeName(DatasetError):
     code = "unsafe_name"
 
 
+class DuplicateName(DatasetError):
+    """Two shards of a batch wrote a file of the same name."""
+
+    code = "duplicate_name"
+
+
 class ChecksumMismatch(DatasetError):
     """The bytes differ from those that the manifest promises."""
 
@@ -158,6 +167,13 @@ class RegistryUnavailable(EngineError):
 
     code = "registry_unavailable"
     transient = True
+
+
+class NoCapacity(EngineError):
+    """No machine is large enough for the algorithm, even if nothing else ran there."""
+
+    code = "no_capacity"
+    exit_code = 2
 
 
 class UnsupportedByEngine(EngineError):
@@ -216,6 +232,14 @@ class InternalError(OasisError):
     """What nobody foresaw: a fault of this package, or of a library beneath. The run's log has the traceback."""
 
     code = "internal"
+
+
+class FilesFailed(OasisError):
+    """Some files of a batch made the algorithm fail, each alone. What came of the others is published, or too many failed."""
+
+    code = "files_failed"
+    exit_code = 1
+    stage = "run_container"
 
 
 class AlgorithmFailed(OasisError):

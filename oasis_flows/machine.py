@@ -1,15 +1,19 @@
-"""The engine that this machine's settings name."""
+"""The engine that this machine's settings name, and the machines that batches run on."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from prefect_docker.host import DockerHost
 
+from .capacity import Node
 from .engines import Engine
 from .errors import DescriptionError
 from .settings import Settings
+from .snapshots import nodes_in
 
 _stand_in: Engine | None = None
 
@@ -36,6 +40,33 @@ def open_engine(settings: Settings) -> Engine:
             "Make it in the Prefect UI, or unset the variable to use the machine's own engine."
         ) from None
     return DockerEngine(host.get_client)
+
+
+def nodes_now(settings: Settings, without: str | None = None) -> tuple[Node, ...]:
+    """What there is to run containers on now; of the run `without` nothing is counted as requested.
+
+    Raises:
+        DescriptionError: the file that the settings name cannot be read, or is no snapshot.
+        EngineUnavailable: the engine does not answer.
+    """
+    if settings.capacity is None:
+        return open_engine(settings).nodes(without=without)
+    return read_nodes(settings.capacity)
+
+
+def read_nodes(path: Path) -> tuple[Node, ...]:
+    """The nodes in a file with a snapshot, whose shape is one of those that `snapshots` knows.
+
+    Raises:
+        DescriptionError: it cannot be read, or is none.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DescriptionError(
+            f"The snapshot of the capacity {path} cannot be read. Give a file of JSON. The cause: {error}"
+        ) from error
+    return nodes_in(content)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A manifest can be larger than memory, so it is never a list here: functions take and give iterators of `Entry`, and the
 only state is what a check needs. The digest of a manifest is the SHA-256 of its lines as written to `manifest.jsonl`,
-so two datasets with equal digests hold the same names and bytes.
+without the key `at`, so two datasets with equal digests hold the same names and bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .errors import DatasetError, UnsafeName
 
@@ -24,13 +24,15 @@ MAX_LEVELS = 255
 class Entry:
     """One file: its name relative to the dataset, its size, and its SHA-256 (hex) once the bytes have been read.
 
-    `etag` is what an object store said when it was listed; it is never part of a published manifest.
+    `etag` is what an object store said when it was listed; it is never part of a published manifest. `at` is where the
+    bytes are, relative to the dataset's folder, where that is not under its name: a batch's manifest points into its shards.
     """
 
     path: str
     bytes: int
     sha256: str | None = None
     etag: str | None = None
+    at: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,8 @@ def to_line(entry: Entry) -> bytes:
         row["sha256"] = entry.sha256
     if entry.etag is not None:
         row["etag"] = entry.etag
+    if entry.at is not None:
+        row["at"] = entry.at
     return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
@@ -60,7 +64,7 @@ def parse_line(line: bytes, number: int = 0) -> Entry:
     """
     try:
         row = json.loads(line)
-        path, size, sha256, etag = row["path"], row["bytes"], row.get("sha256"), row.get("etag")
+        path, size, sha256, etag, at = row["path"], row["bytes"], row.get("sha256"), row.get("etag"), row.get("at")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DatasetError(f"Line {number} of the manifest is not one of a manifest: {line[:120]!r}.") from error
     if not (
@@ -69,9 +73,10 @@ def parse_line(line: bytes, number: int = 0) -> Entry:
         and size >= 0
         and isinstance(sha256, str | None)
         and isinstance(etag, str | None)
+        and isinstance(at, str | None)
     ):
         raise DatasetError(f"Line {number} of the manifest has a value of the wrong type: {line[:120]!r}.")
-    return Entry(path, size, sha256, etag)
+    return Entry(path, size, sha256, etag, at)
 
 
 def parse(lines: Iterable[bytes]) -> Iterator[Entry]:
@@ -98,7 +103,8 @@ class Tally:
         line = to_line(entry)
         self.file_count += 1
         self.size_bytes += entry.bytes
-        self._digest.update(line)
+        # Where the bytes are is no part of what they are.
+        self._digest.update(line if entry.at is None else to_line(replace(entry, at=None)))
         self._complete &= entry.sha256 is not None
         return line
 
@@ -158,6 +164,8 @@ def checked(entries: Iterable[Entry]) -> Iterator[Entry]:
     for entry in entries:
         path = entry.path
         check_name(path)
+        if entry.at is not None:
+            check_name(entry.at)
         if previous is not None and sort_key(path) <= sort_key(previous):
             what = "comes twice" if path == previous else f"comes after {previous!r} and should come before it"
             raise DatasetError(f"The manifest's entry {path!r} {what}. A manifest is sorted and names each file once.")

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prefect.blocks.system import Secret
+from pydantic import BaseModel, Field
 
 from . import command as commands, documents, storages, wrapper
 from .blocks import Algorithm, Dataset, DatasetStore, DockerImage
@@ -24,12 +25,36 @@ from .machine import open_engine
 from .marketplace import finder
 from .prerequisites import Resolution, resolve
 from .settings import Settings
+from .sharding import Shard
 from .store import Location
 from .template import secret_variable
 from .workspace import Workspace
 
 # How people get into a container of each engine; its own shell fills in the name that it has there.
 _LOOK_INSIDE = {"docker": "docker exec -it $HOSTNAME sh", "kubernetes": "kubectl exec -it $HOSTNAME -- sh"}
+# The folders of a batch's output in which its shards are published, and in which it is written down.
+SHARDS, HEAD = "shards", "batch"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A run's place in a batch: which files of a saved `listing` it reads, whose names are relative to the folder `base`."""
+
+    shard: Shard
+    listing: Location
+    base: Location
+
+
+class ShardOf(BaseModel):
+    """Which part of a batch a run is: the files from `start` to before `end` of a listing. Batches make it; people do not."""
+
+    listing: str = Field(description="URL of the folder with the batch's listing.")
+    base: str = Field(description="URL of the folder that the names in the listing are relative to.")
+    name: str = Field(pattern=r"^\d+(\.[01])*$", description="Name of the shard.")
+    index: int = Field(ge=0, description="Place of the shard among those that were planned.")
+    count: int = Field(ge=1, description="How many shards were planned.")
+    start: int = Field(ge=0, description="Its first file, by its place in the listing.")
+    end: int = Field(ge=1, description="The file behind its last one.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +62,7 @@ class Plan:
     """One run: what goes in, what runs, and where what comes out is published.
 
     `output` is a folder of the store's `root`. `document_name` is what the output's Dataset document will be called. `argv` holds entrypoint and command with their
-    parameters filled in; `None` leaves the image's own.
+    parameters filled in; `None` leaves the image's own. `part` is set where the run is a shard of a batch.
     """
 
     run_id: str
@@ -59,6 +84,7 @@ class Plan:
     secrets: Mapping[str, str] = field(repr=False)
     prerequisites: Resolution = field(default_factory=Resolution)
     storages: tuple[StorageMount, ...] = ()
+    part: Part | None = None
 
     @property
     def image(self) -> ImageSource:
@@ -150,6 +176,30 @@ def _wrapped(prerequisites: Resolution, settings: Settings) -> tuple[str, ...]:
     return wrapper.argv(prerequisites, look_inside=look_inside, linger_seconds=settings.hold_seconds)
 
 
+def as_part(plan: Plan, part: Part) -> Plan:
+    """The plan of one shard of the batch that `plan` is: a run of its own, published below the batch's place."""
+    name = part.shard.name
+    return replace(plan, run_id=f"{plan.run_id}.{name}", output=plan.output.child(f"{SHARDS}/{name}"), part=part)
+
+
+def as_shard(plan: Plan, of: ShardOf) -> Plan:
+    """The plan of a run that is a shard of another run's batch: published below that batch's place.
+
+    Raises:
+        DescriptionError: that place is not in the store of this run.
+    """
+    place, _, folder = of.listing.rpartition("/")
+    if folder != HEAD or not place.startswith(f"{plan.root.url.rstrip('/')}/"):
+        raise DescriptionError(
+            f"The listing {of.listing} is not that of a batch in the store {plan.root.url}. Worker and batch need the same store: "
+            "name it in `store`, or make one a document named default."
+        )
+    shard = Shard(name=of.name, index=of.index, count=of.count, start=of.start, end=of.end)
+    base = Location(of.base, plan.source.options)
+    part = Part(shard=shard, listing=Location(of.listing, plan.root.options), base=base)
+    return replace(plan, output=Location(f"{place}/{SHARDS}/{of.name}", plan.root.options), part=part)
+
+
 def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder: Path, settings: Settings) -> ContainerJob:
     """The container that carries the plan out, on this machine."""
     algorithm = plan.algorithm
@@ -157,6 +207,7 @@ def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder:
     gpus = algorithm.gpu_count if algorithm.gpu else 0
     wrapped = _wrapped(plan.prerequisites, settings)
     notes = (Mount(source=workspace.notes, target=wrapper.FOLDER, read_only=False),) if wrapped else ()
+    shard = plan.part.shard if plan.part else None
     return ContainerJob(
         run_id=plan.run_id,
         attempt=plan.attempt,
@@ -171,6 +222,7 @@ def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder:
             "OASIS_OUTPUT": f"{folder}/output",
             "OASIS_RUN_ID": plan.run_id,
             "OASIS_GPU_COUNT": str(gpus),
+            **({"OASIS_SHARD_INDEX": str(shard.index), "OASIS_SHARD_COUNT": str(shard.count)} if shard else {}),
         },
         secret_environment=plan.secrets,
         mounts=(

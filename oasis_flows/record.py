@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -40,7 +40,8 @@ def task_json(
         "status": oasis_status(verdict),
         "verdict": verdict.to_json(),
         "flow_run": {**flow_run, "attempt": plan.attempt},
-        "algorithm": {"name": plan.algorithm_name, "document": _document(plan)},
+        "shard": asdict(plan.part.shard) if plan.part else None,
+        "algorithm": {"name": plan.algorithm_name, "document": document(plan)},
         "image": image,
         "argv": {"entrypoint": plan.entrypoint, "command": plan.command},
         "parameters": dict(plan.parameters),
@@ -122,7 +123,7 @@ class Account:
     """What is known about a run so far; the flow fills it in as it goes. `settle` is called once the steps are over, with
     the error that ended them.
 
-    `tail` holds the last lines of the log, `files` the first of those that were published, `document_url` where the output's
+    `tail` holds the last lines of the log, `details` what else the page is to say (Markdown), `files` the first of those that were published, `document_url` where the output's
     Dataset document is in Prefect's UI, if that has an address.
     """
 
@@ -135,6 +136,7 @@ class Account:
     files: Sequence[Entry] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     tail: Sequence[str] = ()
+    details: str = ""
     settle: Callable[[OasisError | None], None] = lambda _: None
 
 
@@ -143,7 +145,9 @@ def page(account: Account, verdict: Verdict) -> str:
     rows = [("Status", _status(verdict)), *_plan_rows(account), *_exit_rows(account, verdict)]
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows if value)
     parts = [f"## {_plain(verdict.sentence.rstrip('.'))}", verdict.advice, verdict.action, f"| | |\n|---|---|\n{table}"]
-    if account.exit is None or account.plan is None:
+    if account.details:
+        parts += [account.details]
+    elif account.exit is None or account.plan is None:
         parts += ["### What was seen", _fenced(verdict.evidence)]
     else:
         parts += [*_usage(account.exit, account.plan.algorithm.cpus)]
@@ -258,7 +262,7 @@ def _summary(summary: Summary) -> dict[str, Any]:
     return {"file_count": summary.file_count, "size_bytes": summary.size_bytes, "manifest_digest": summary.digest}
 
 
-def _document(plan: Plan) -> dict[str, Any]:
+def document(plan: Plan) -> dict[str, Any]:
     """The algorithm's document without values of its environment and without logins."""
     names = plan.algorithm.__class__.model_fields
     document = {name: getattr(plan.algorithm, name) for name in names if name not in ("environment", "docker_image")}

@@ -1,4 +1,6 @@
-"""Where the log of a run is, while it runs and afterwards.
+"""Finding a run again: to go on with it, or to read its log, while it runs and afterwards.
+
+Where the log is:
 
 While it runs: in the workspace, for those on the same machine. Afterwards: beside its output in the store. In between, for
 those on another machine: the view that Prefect has of it.
@@ -9,22 +11,26 @@ from __future__ import annotations
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, LogFilter, LogFilterFlowRunId
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.sorting import FlowRunSort, LogSort
+from prefect.flow_engine import run_flow
+from prefect.flows import Flow
 from prefect.settings import get_current_settings
+from prefect.states import Scheduled
 from prefect.utilities.urls import url_for
 
-from . import documents, store as stores
+from . import documents, lease, store as stores
 from .blocks import DatasetStore
-from .errors import DatasetError, DescriptionError
+from .errors import DatasetError, DescriptionError, RunInUse
 from .log import VIEW_LOGGER
 from .plan import options_of
 from .reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE
@@ -116,6 +122,32 @@ def follow(source: LogSource) -> Iterator[bytes]:
             if ended:
                 return
             time.sleep(_POLL_SECONDS)
+
+
+def begin_again(run: str, flow: Flow[..., Any], parameters: Mapping[str, Any], settings: Settings) -> State[Any]:
+    """Go on with a run of `flow` in this process, as Prefect's retry does on a worker; return what becomes of it.
+
+    Raises:
+        DescriptionError: there is no such run, or it is another flow's.
+        RunInUse: somebody works on it.
+    """
+    flow_run = _find(run)
+    with get_client(sync_client=True) as client:
+        name = client.read_flow(flow_run.flow_id).name
+    if name != flow.name:
+        raise DescriptionError(f"The run {run} is one of {name!r}, and not of {flow.name!r}. Give the id of a batch.")
+    workspace = Workspace(settings.workspaces / str(flow_run.id))
+    with lease.taken(workspace.lease, 0) as free:
+        held = not free and not lease.missing(workspace.lease)
+    elsewhere = str(flow_run.labels.get(LABEL_HOST, socket.gethostname())) != socket.gethostname()
+    if held or (elsewhere and flow_run.state is not None and not flow_run.state.is_final()):
+        raise RunInUse(
+            f"Somebody works on the run {run}, on {flow_run.labels.get(LABEL_HOST)}. Wait for it, or cancel it first."
+        )
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run.id, Scheduled(name="AwaitingRetry"), force=True)
+        flow_run = client.read_flow_run(flow_run.id)
+    return cast(State[Any], run_flow(flow, flow_run=flow_run, parameters=dict(parameters), return_type="state"))
 
 
 def _find(run: str) -> FlowRun:

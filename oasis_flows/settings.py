@@ -9,6 +9,8 @@
 `OASIS_FLOWS_MARKETPLACES`  where `marketplace://` looks, in order: folders, URLs, and `prefect` for the server ("prefect")
 `OASIS_FLOWS_STORAGES`      what storages of prerequisites are here: a file, or YAML or JSON itself (see `storages`)
 `OASIS_FLOWS_MAX_HOLD`      seconds that the callbacks after an algorithm may take, such as one for debugging (3600)
+`OASIS_FLOWS_HEADROOM`      the part of a machine's processors and memory that batches may fill (0.8)
+`OASIS_FLOWS_CAPACITY`      file with a snapshot of the machines that batches run on, in place of the engine's own answer
 `OASIS_FLOWS_KEEP_HOURS`    how long the workspace of a run that may be retried is kept (24)
 """
 
@@ -36,6 +38,8 @@ class Settings:
     stop_grace_seconds: float
     retry_window_seconds: float
     keep_seconds: float
+    headroom: float
+    capacity: Path | None
     marketplaces: tuple[str, ...] = ("prefect",)
     storages: Mapping[str, Any] = field(default_factory=dict)
     hold_seconds: float = 3600
@@ -73,6 +77,8 @@ def current() -> Settings:
         marketplaces=tuple(re.split(r"[\s,]+", (env("OASIS_FLOWS_MARKETPLACES") or "prefect").strip(" ,"))),
         storages=_table("OASIS_FLOWS_STORAGES"),
         hold_seconds=_seconds("OASIS_FLOWS_MAX_HOLD", "3600"),
+        headroom=_part("OASIS_FLOWS_HEADROOM", "0.8"),
+        capacity=Path(env("OASIS_FLOWS_CAPACITY") or "").expanduser() if env("OASIS_FLOWS_CAPACITY") else None,
     )
 
 
@@ -100,4 +106,11 @@ def _seconds(name: str, default: str) -> float:
         value = -1.0
     if not 0 <= value < 1e9:
         raise DescriptionError(f"The setting {name} is {text!r} and must be a number that is not negative, such as {default}.")
+    return value
+
+
+def _part(name: str, default: str) -> float:
+    value = _seconds(name, default)
+    if not 0 < value <= 1:
+        raise DescriptionError(f"The setting {name} is {value:g} and must be more than 0 and at most 1, such as {default}.")
     return value

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,7 +51,7 @@ def _may_succeed_later(_task: Task[..., Any], _run: TaskRun, state: State[Any]) 
 
 
 @contextmanager
-def _step(name: str) -> Iterator[None]:
+def step(name: str) -> Iterator[None]:
     """Note on an error which step it ended, and how often that was tried."""
     try:
         yield
@@ -59,7 +60,7 @@ def _step(name: str) -> Iterator[None]:
         raise
 
 
-_TRANSFER: dict[str, Any] = {
+TRANSFER: dict[str, Any] = {
     "retries": 3,
     "retry_delay_seconds": exponential_backoff(2),
     "retry_jitter_factor": 0.5,
@@ -69,26 +70,31 @@ _TRANSFER: dict[str, Any] = {
 }
 
 
-@task(**_TRANSFER)
-@_step(MARKER_STAGED)
+@task(**TRANSFER)
+@step(MARKER_STAGED)
 def stage_input(plan: Plan, workspace: Workspace) -> tuple[Path, Summary]:
-    """Bring the input to this machine; return the folder to mount and what it holds.
+    """Bring the input, or a shard's part of it, to this machine; return the folder to mount and what it holds.
 
-    Before a byte is moved, the store shows that the output can be written to it.
+    Before a byte is moved, the store shows that the output can be written to it; a batch has seen to that for its shards.
     """
     if done := workspace.done(MARKER_STAGED):
         return Path(done["folder"]), Summary(**done["summary"])
     started = time.monotonic()
-    store.check_writable(plan.root)
-    folder, summary = store.stage(plan.source, workspace.path, progress=_progress("Staged", MARKER_STAGED))
+    if plan.part is None:
+        store.check_writable(plan.root)
+        folder, summary = store.stage(plan.source, workspace.path, progress=_progress("Staged", MARKER_STAGED))
+    else:
+        shard = plan.part.shard
+        files = partial(store.read_slice, plan.part.listing, shard.start, shard.end)
+        folder, summary = store.stage_files(plan.part.base, files, workspace.path)
     _finish(workspace, MARKER_STAGED, started, folder=str(folder), summary=asdict(summary))
-    files, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
-    get_run_logger().info("The input %s has %s, %s.", plan.dataset_name, files, size)
+    count, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
+    get_run_logger().info("The input %s has %s, %s.", plan.dataset_name, count, size)
     return folder, summary
 
 
-@task(**_TRANSFER)
-@_step(MARKER_IMAGE)
+@task(**TRANSFER)
+@step(MARKER_IMAGE)
 def prepare_image(plan: Plan, workspace: Workspace, settings: Settings) -> str:
     """Pull or load the image; return a reference to exactly these bytes."""
     # Not skipped on a retry: the engine may have lost the image since, and asking it costs milliseconds.
@@ -99,20 +105,28 @@ def prepare_image(plan: Plan, workspace: Workspace, settings: Settings) -> str:
     return image
 
 
-@task(**{**_TRANSFER, "retries": 2})
-@_step(MARKER_RUN)
+@task(**{**TRANSFER, "retries": 2})
+@step(MARKER_RUN)
 def run_container(
-    plan: Plan, workspace: Workspace, settings: Settings, *, image: str, input_folder: Path
+    plan: Plan,
+    workspace: Workspace,
+    settings: Settings,
+    *,
+    image: str,
+    input_folder: Path,
+    go_on: Callable[[], None] = lambda: None,
 ) -> tuple[ContainerExit, Verdict]:
     """Run the container to its end, or re-attach to the one that an earlier attempt of this run left; judge how it ended.
 
-    One that is killed for memory is run again, once, where its document has a `memory_max`.
+    One that is killed for memory is run again, once, where its document has a `memory_max`. `go_on` may raise when it has
+    ended, so that the end does not count: somebody else stopped it.
     """
     done = workspace.done(MARKER_RUN)
     if done is None:
         started, engine = time.monotonic(), open_engine(settings)
         job = container_job(plan, workspace, image=image, input_folder=input_folder, settings=settings)
         exit = _run_with_enough_memory(plan, workspace, engine, job)
+        go_on()
         notes = callbacks.read(workspace.notes, plan.prerequisites)
         done = _finish(
             workspace,
@@ -190,8 +204,8 @@ def _action(first: ContainerExit | None, exit: ContainerExit) -> str:
     return f"{again} It then used {human_bytes(peak)}: `memory: {-(-enough >> 20)}MiB` would do."
 
 
-@task(**_TRANSFER)
-@_step(MARKER_PUBLISHED)
+@task(**TRANSFER)
+@step(MARKER_PUBLISHED)
 def publish_output(
     plan: Plan,
     workspace: Workspace,
@@ -202,7 +216,7 @@ def publish_output(
     verdict: Verdict,
     flow_run: Mapping[str, str],
 ) -> tuple[Summary, Dataset | None]:
-    """Publish what the container wrote, with its log and record; a Dataset document only if it succeeded.
+    """Publish what the container wrote, with its log and record; a Dataset document only if it succeeded and is no shard.
 
     Of an output that was too much: log and record only; its files are deleted first, for these may need the room.
 
@@ -240,7 +254,7 @@ def publish_output(
                 commit=verdict.code == Reason.OK,
                 workspace=workspace.path,
                 skipped=get_run_logger().warning,
-                progress=_progress("Published", MARKER_PUBLISHED),
+                progress=None if plan.part else _progress("Published", MARKER_PUBLISHED),
             )
 
         try:
@@ -250,8 +264,13 @@ def publish_output(
             publish(judge(error))
             raise
         _finish(workspace, MARKER_PUBLISHED, started, summary=asdict(summary))
-    if exit.reason is not Reason.OK:
+    if exit.reason is not Reason.OK or plan.part is not None:
         return summary, None
+    return summary, save_document(plan, summary)
+
+
+def save_document(plan: Plan, summary: Summary) -> Dataset:
+    """Save the Dataset document of what was published; ask the server patiently."""
     dataset = Dataset(
         url=plan.output.url,
         store=plan.store,
@@ -262,7 +281,7 @@ def publish_output(
     documents.patiently(lambda: dataset.save(plan.document_name, overwrite=True))
     files, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
     get_run_logger().info("Published %s, %s, as dataset %s: %s", files, size, plan.document_name, plan.output.url)
-    return summary, dataset
+    return dataset
 
 
 def stage_seconds(workspace: Workspace) -> dict[str, float]:

@@ -30,6 +30,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
+from .capacity import Node, Vector
 from .engines import Description
 from .engines.quota import Passed, measure
 from .errors import ImageNotFound, NoGpu, OasisError
@@ -70,14 +71,24 @@ class FakeEngine:
         algorithm: the function; without one, every run succeeds at once.
         missing: image names or files that `prepare` does not find.
         gpus: how many GPUs it pretends to have.
+        cpus, memory_bytes: how large a machine it pretends to be on; a batch runs as many at once as fit.
 
     Attributes:
         jobs: what was run, in order.
         images: what was prepared, in order.
     """
 
-    def __init__(self, algorithm: Algorithm | None = None, *, missing: tuple[str, ...] = (), gpus: int = 0) -> None:
+    def __init__(
+        self,
+        algorithm: Algorithm | None = None,
+        *,
+        missing: tuple[str, ...] = (),
+        gpus: int = 0,
+        cpus: float = 8.0,
+        memory_bytes: int = 64 << 30,
+    ) -> None:
         self._algorithm, self._missing, self._gpus = algorithm or succeed, missing, gpus
+        self._cpus, self._memory_bytes = cpus, memory_bytes
         self.jobs: list[ContainerJob] = []
         self.images: list[ImageSource] = []
 
@@ -107,6 +118,10 @@ class FakeEngine:
         """There is never anything to come back to."""
         return False
 
+    def nodes(self, *, without: str | None = None) -> tuple[Node, ...]:  # noqa: ARG002
+        """One machine, as large as the constructor was told; nobody else is on it."""
+        return (Node(name="fake", allocatable=Vector(round(self._cpus * 1000), self._memory_bytes, self._gpus, 1 << 20)),)
+
     def describe(self) -> Description:
         """A fake engine."""
         return Description(name="a fake engine", gpu=f"{self._gpus} fake ones" if self._gpus else None)
@@ -117,6 +132,7 @@ class FakeEngine:
         *,
         grace_seconds: float = 60.0,  # noqa: ARG002
         below: Path | None = None,  # noqa: ARG002
+        stop_seconds: float = 0.0,  # noqa: ARG002
     ) -> tuple[str, ...]:
         """Nothing is ever left behind."""
         return ()

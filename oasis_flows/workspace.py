@@ -31,6 +31,8 @@ class Workspace:
     """Paths of one run's folder."""
 
     path: Path
+    # Whose part it is; the owner of the whole owns its parts.
+    whole: Workspace | None = None
 
     @property
     def run_id(self) -> str:
@@ -38,7 +40,24 @@ class Workspace:
 
     @property
     def lease(self) -> Path:
-        return self.path / "lease"
+        return self.whole.lease if self.whole else self.path / "lease"
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[Workspace]:
+        """The folder of a part of the run, such as a shard, made if it is new. It stays when the block ends with an error.
+
+        Raises:
+            StoreFull: the folder cannot be made.
+        """
+        part = Workspace(self.path / "parts" / name, self)
+        with _room_for(part.path):
+            part.path.mkdir(parents=True, exist_ok=True)
+        yield part
+        _delete(part.path)
+
+    def drop_part(self, name: str) -> None:
+        """Delete the folder of a part."""
+        _delete(self.path / "parts" / name)
 
     @property
     def input(self) -> Path:

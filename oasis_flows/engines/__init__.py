@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ..capacity import Node
 from ..job import ContainerExit, ContainerJob, ImageSource, LogSink
 
 __all__ = ["Description", "Engine"]
@@ -71,14 +72,30 @@ class Engine(Protocol):
         """
         ...
 
-    def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0, below: Path | None = None) -> tuple[str, ...]:
+    def reap(
+        self,
+        run_id: str | None = None,
+        *,
+        grace_seconds: float = 60.0,
+        below: Path | None = None,
+        stop_seconds: float = 0.0,
+    ) -> tuple[str, ...]:
         """Remove this package's containers that nobody owns any more; return their run ids.
 
-        With `run_id`: that run's containers, whatever their lease says. Without: those that this machine started and
+        With `run_id`: the containers of that run and of its parts (whose ids are `<run id>.<part>`), whatever their lease
+        says; they get SIGTERM first, all together, and `stop_seconds` to end by themselves. Without: those that this machine started and
         whose lease's owner is dead and was last seen at least `grace_seconds` ago; nobody can become the owner while the
         container is removed. A lease that is gone counts as lapsed only below the folder `below`, where this machine's
         leases lie, and for a container made at least `grace_seconds` ago. Every other container is left alone, and so is
         one whose lease this process may not look at.
+        """
+        ...
+
+    def nodes(self, *, without: str | None = None) -> tuple[Node, ...]:
+        """What there is to run containers on, and what is requested of it now; the run `without`, with its parts, apart.
+
+        Raises:
+            EngineUnavailable: it does not answer.
         """
         ...
 

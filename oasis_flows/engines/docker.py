@@ -12,8 +12,10 @@ from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
 from .. import lease
+from ..capacity import Node
 from ..errors import EngineUnavailable
 from ..job import ContainerExit, ContainerJob, ImageSource, LogSink, human_bytes
+from ..snapshots import docker_node
 from . import Description, docker_image, docker_run, docker_spec as spec
 from .docker_errors import HOW_TO_GET_AN_ENGINE, translated
 
@@ -133,11 +135,27 @@ class DockerEngine:
             how_to_enforce=spec.how_to_enforce(info) if spec.not_enforced(info) else "",
         )
 
-    def reap(self, run_id: str | None = None, *, grace_seconds: float = 60.0, below: Path | None = None) -> tuple[str, ...]:
+    def nodes(self, *, without: str | None = None) -> tuple[Node, ...]:
+        """The engine's host, less the limits of the containers that run there, whoever started them; see `Engine.nodes`."""
+        with self._api("asking for its capacity") as api:
+            info = api.info()
+            running = docker_run.inspect_running(api, without)
+        return (docker_node(info, running, gpus=spec.gpu_count(info)),)
+
+    def reap(
+        self,
+        run_id: str | None = None,
+        *,
+        grace_seconds: float = 60.0,
+        below: Path | None = None,
+        stop_seconds: float = 0.0,
+    ) -> tuple[str, ...]:
         """Remove containers that nobody owns; see `Engine.reap`. One without lease or host on its labels is left alone."""
         with self._api("removing containers") as api:
             gone = []
-            for row in docker_run.list_containers(api, run_id):
+            if run_id is not None and stop_seconds:
+                docker_run.stop_run(api, run_id, stop_seconds)
+            for row in docker_run.list_containers(api, run_id, with_parts=True):
                 with nullcontext(True) if run_id is not None else _ownerless(row, grace_seconds, below) as free:
                     if free:
                         docker_run.remove_container(api, row["Id"])

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -352,11 +352,40 @@ class _Clock:
         return name
 
 
-def list_containers(api: Any, run_id: str | None = None) -> list[dict[str, Any]]:
-    """This package's containers, newest first; one run's, or all."""
-    labels = [f"{spec.PACKAGE}={spec.PACKAGE_NAME}"] + ([f"{spec.RUN_ID}={run_id}"] if run_id is not None else [])
-    rows: list[dict[str, Any]] = api.containers(all=True, filters={"label": labels})
-    return [row for row in rows if run_id is None or row["Labels"].get(spec.RUN_ID) == run_id]
+def list_containers(api: Any, run_id: str | None = None, *, with_parts: bool = False) -> list[dict[str, Any]]:
+    """This package's containers, newest first; one run's, perhaps with those of its parts, or all."""
+    exactly = [] if run_id is None or with_parts else [f"{spec.RUN_ID}={run_id}"]
+    rows: list[dict[str, Any]] = api.containers(all=True, filters={"label": [f"{spec.PACKAGE}={spec.PACKAGE_NAME}", *exactly]})
+    return [row for row in rows if run_id is None or _is_of(row, run_id, with_parts)]
+
+
+def _is_of(row: Mapping[str, Any], run_id: str, with_parts: bool) -> bool:
+    found = str(row["Labels"].get(spec.RUN_ID))
+    return found == run_id or (with_parts and found.startswith(f"{run_id}."))
+
+
+def inspect_running(api: Any, without: str | None) -> Iterator[dict[str, Any]]:
+    """All containers that run on the engine, whoever started them, but those of the run `without` and of its parts."""
+    for row in api.containers():
+        if without is None or not _is_of(row, without, with_parts=True):
+            # It may have ended since.
+            with contextlib.suppress(_not_found()):
+                yield api.inspect_container(row["Id"])
+
+
+def stop_run(api: Any, run_id: str, seconds: float) -> None:
+    """Send SIGTERM to the containers of a run and of its parts, and return when all have ended, or after so many seconds."""
+    import docker.errors
+
+    def running() -> list[str]:
+        return [row["Id"] for row in list_containers(api, run_id, with_parts=True) if row["State"] == "running"]
+
+    until = time.monotonic() + seconds
+    for container in running():
+        with contextlib.suppress(docker.errors.APIError):  # it has ended by itself
+            api.kill(container, signal="SIGTERM")
+    while running() and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def remove_container(api: Any, container: str) -> None:

@@ -13,6 +13,7 @@ import posixpath
 import re
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from socket import gethostname
 from typing import Any
 
@@ -213,6 +214,15 @@ def gpu_support(info: Mapping[str, Any]) -> str | None:
         return f"{len(devices)} CDI devices"
     # Docker also takes the hook alone, without a configured runtime; only its own machine can tell.
     return "nvidia-container-runtime-hook" if shutil.which("nvidia-container-runtime-hook") else None
+
+
+def gpu_count(info: Mapping[str, Any]) -> int:
+    """How many GPUs the engine can hand out, as far as it, or the driver of this machine, says; 1 where neither counts."""
+    if gpu_support(info) is None:
+        return 0
+    names = [str(device.get("ID", "")).rpartition("=")[2] for device in info.get("DiscoveredDevices") or ()]
+    listed = sum(name.isdigit() for name in names) or len(info.get("GenericResources") or ())
+    return listed or len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or 1
 
 
 def refuse_unenforced(info: Mapping[str, Any]) -> None:

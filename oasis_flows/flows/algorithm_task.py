@@ -7,10 +7,8 @@ from functools import partial
 from typing import Annotated, Any, cast
 
 from prefect import runtime
-from prefect.blocks.core import Block
 from prefect.logging import get_run_logger
 from prefect.utilities.urls import url_for
-from pydantic import WithJsonSchema, WrapValidator
 
 from .. import documents, settings
 from ..blocks import Algorithm, Dataset, DatasetStore
@@ -19,38 +17,24 @@ from ..errors import DatasetError
 from ..job import ContainerExit, Reason
 from ..lifecycle import announce, clean_up, owned_workspace
 from ..manifest import Summary
-from ..plan import Plan, plan_run
+from ..plan import Plan, ShardOf, as_shard, plan_run
 from ..record import Account
 from ..reporting import failed, succeeded
 from ..tasks import prepare_image, publish_output, run_container, stage_input
 from ..verdict import Verdict, failure
 from ..workspace import Workspace
-
-# A Python caller may give a document's name; the form and the schema know documents only.
-_OR_NAME = WrapValidator(lambda value, validate: value if isinstance(value, str) else validate(value))
-# Prefect's form shows a JSON editor for a value of no particular type, and nothing to type into for `object or null`.
-_JSON_EDITOR = WithJsonSchema({})
+from .parameters import JSON_EDITOR, OR_NAME, run_name
 
 
-def _run_name() -> str:
-    given = runtime.flow_run.parameters
-    return f"{_name_of(given.get('algorithm'))} on {_name_of(given.get('input_dataset'))}"
-
-
-def _name_of(value: object) -> str:
-    if isinstance(value, Block):
-        return str(value._block_document_name or getattr(value, "url", value.get_block_type_slug()))
-    return value if isinstance(value, str) else "?"
-
-
-@document_flow(name="algorithm-task", flow_run_name=_run_name, on_cancellation=[clean_up], on_crashed=[clean_up])
+@document_flow(name="algorithm-task", flow_run_name=run_name, on_cancellation=[clean_up], on_crashed=[clean_up])
 def algorithm_task(
-    algorithm: Annotated[Algorithm, _OR_NAME],
-    input_dataset: Annotated[Dataset, _OR_NAME],
+    algorithm: Annotated[Algorithm, OR_NAME],
+    input_dataset: Annotated[Dataset, OR_NAME],
     *,
     output_name: str | None = None,
-    store: Annotated[DatasetStore | None, _OR_NAME] = None,
-    parameters: Annotated[dict[str, Any] | None, _JSON_EDITOR] = None,
+    store: Annotated[DatasetStore | None, OR_NAME] = None,
+    parameters: Annotated[dict[str, Any] | None, JSON_EDITOR] = None,
+    shard: ShardOf | None = None,
 ) -> Dataset:
     """Run an algorithm on a dataset, and publish what it writes as a new dataset.
 
@@ -62,6 +46,7 @@ def algorithm_task(
         store: Where the output is published. Left at None, that is the store document named default, or else a folder of the
             worker's machine.
         parameters: Values for the algorithm's parameters, such as {"threshold": 2.0}. What is left out has its default.
+        shard: Which part of a batch this is. Batches set it; leave it at None.
 
     Returns:
         The published dataset.
@@ -93,6 +78,8 @@ def algorithm_task(
                     store=documents.resolved(DatasetStore, store) if store else documents.find(DatasetStore, "default"),
                 )
             )
+            if shard is not None:
+                account.plan = plan = as_shard(plan, shard)
             announce(plan)
             account.image = image = prepare_image(plan, workspace, here)
             input_folder, account.staged = stage_input(plan, workspace)
@@ -125,6 +112,8 @@ def _publish(account: Account, workspace: Workspace, verdict: Verdict) -> Datase
         # The algorithm's failure is what its owner has to know; that nothing of it could be kept comes second.
         get_run_logger().error("The output of the failed algorithm could not be published: %s", error)
         log = str(workspace.log)
+    if plan.part is not None and exit.reason is Reason.OK:
+        return Dataset(url=plan.output.url, store=plan.store)
     account.document_url = url_for(dataset) if dataset else None
     if dataset is None:
         raise failure(verdict, exit, log)

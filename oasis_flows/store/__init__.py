@@ -1,7 +1,9 @@
 """The dataset verbs: everything that the rest of the package asks of a store.
 
 `published` and `scan` look, `stage` and `fetch_to` bring here, `publish` brings there, `check_writable` tries it first,
-`abandon` forgets what a dead `publish` was at, `read_file` reads a log or a record, `read_manifest` the list of what was published. All of them take a `Location` and raise this package's errors only. Each stops at
+`abandon` forgets what a dead `publish` was at, `read_file` reads a log or a record, `read_manifest` the list of what was published. For datasets in parts: `write_listing`,
+`save_listing` and `read_slice` keep a long list, `stage_files` brings some files of it, `merge` and `commit` make one dataset of
+published parts, `Notes` are small files beside it. All of them take a `Location` and raise this package's errors only. Each stops at
 once when an exception reaches the calling thread, and none of its threads is alive when it returns.
 """
 
@@ -10,27 +12,42 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 
-from .dataset import LOG, MANIFEST, RECORD, Published, published, read_manifest, scan
+from .dataset import DATA, LOG, MANIFEST, RECORD, Published, published, read_manifest, read_record, scan
+from .listing import Listing, changes, read_slice, save_listing, write_listing
+from .merging import begin, commit, merge
+from .notes import Notes
 from .publishing import publish
-from .staging import fetch_to, stage
+from .staging import fetch_to, stage, stage_files
 from .transfer import Location, Progress, files
 
 __all__ = [
+    "DATA",
     "LOG",
     "MANIFEST",
     "RECORD",
+    "Listing",
     "Location",
+    "Notes",
     "Progress",
     "Published",
     "abandon",
+    "begin",
+    "changes",
     "check_writable",
+    "commit",
     "fetch_to",
+    "merge",
     "publish",
     "published",
     "read_file",
     "read_manifest",
+    "read_record",
+    "read_slice",
+    "save_listing",
     "scan",
     "stage",
+    "stage_files",
+    "write_listing",
 ]
 
 

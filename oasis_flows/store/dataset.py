@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import DatasetError, DatasetNotFound, StoreUnavailable
 from ..manifest import Entry, Summary, Tally, checked, parse, parse_line, sort_key
@@ -20,7 +21,7 @@ from .transfer import Files, Location, Meter, files, in_order, translated
 from .verdicts import Missing
 
 DATA, LOG, RECORD, MANIFEST = "data/", "log.txt", "task.json", "manifest.jsonl"
-MARKER = "oasis_flows"
+MARKER, BATCH = "oasis_flows", "batch"
 RECORD_MOST_BYTES = 16 << 20
 RECORD_MOST_READINGS = 4
 
@@ -33,9 +34,14 @@ class Published:
     record: Mapping[str, object]
 
     @property
-    def data(self) -> Location:
-        """Where the files themselves are."""
-        return self.location.child(DATA.rstrip("/"))
+    def in_parts(self) -> bool:
+        """Did a batch publish it? Then each entry says where (`at`) in the dataset's folder its bytes are."""
+        return BATCH in self.record
+
+    @property
+    def base(self) -> Location:
+        """The folder that the files' names, or their `at`, are relative to."""
+        return self.location if self.in_parts else self.location.child(DATA.rstrip("/"))
 
     def entries(self) -> Iterator[Entry]:
         """The manifest's entries, each with its SHA-256; checked, and read as they are needed.
@@ -46,6 +52,10 @@ class Published:
         for entry in parse(lines(files(self.location).read(MANIFEST))):
             if entry.sha256 is None:
                 raise DatasetError(f"The manifest of {self.location.url} has no sha256 for {entry.path!r}: publish it again.")
+            if (entry.at is None) is self.in_parts:
+                raise DatasetError(
+                    f"The manifest of {self.location.url} does not fit its {RECORD}, at {entry.path!r}: publish it again."
+                )
             yield entry
 
 
@@ -67,6 +77,11 @@ def published(location: Location) -> Published | None:
             f"See {LOG} and {RECORD} there; run it again, or take another dataset."
         ) from None
     return Published(location=location, record=record)
+
+
+def read_record(location: Location) -> Mapping[str, Any] | None:
+    """The record at this place, whether or not it is of a dataset; `None` if there is none."""
+    return _record(files(location))
 
 
 def _record(store: Files) -> Mapping[str, object] | None:

@@ -169,6 +169,15 @@ def _is_plainly_ours(descriptor: int) -> bool:
     return (facts.st_uid, facts.st_gid, special) == (os.geteuid(), os.getegid(), 0)
 
 
+def _link(descriptor: int, path: Path) -> bool:
+    try:
+        # Python passes `follow_symlinks` on only where a descriptor is given, too.
+        os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
+    except OSError:
+        return False
+    return True
+
+
 class Folder:
     """The files of a local folder. Those that are written or linked there are ours, with mode 644."""
 
@@ -192,11 +201,20 @@ class Folder:
 
     def read(self, name: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:  # noqa: ARG002
         """See `Files.read`."""
-        with translated(self._where(name)):
-            real = _behind(self.root, name) if (self.root / name).is_symlink() else name
-        with opened(self.root, str(real)) as file:
+        with opened(self.root, self._real(name)) as file:
             os.lseek(file, start, os.SEEK_SET)
             yield from chunks_of(file, self._where(name))
+
+    def _real(self, name: str) -> str:
+        with translated(self._where(name)):
+            return str(_behind(self.root, name)) if (self.root / name).is_symlink() else name
+
+    def link_to(self, path: Path, name: str) -> bool:
+        """Give the file `name` a second name, `path`; `False` where the kernel does not (another file system, for one)."""
+        with opened(self.root, self._real(name)) as descriptor, translated(str(path), writing=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            return _link(descriptor, path)
 
     def write(self, name: str, chunks: Iterable[bytes], size: int, *, last: bool = False) -> None:  # noqa: ARG002
         """See `Files.write`: under another name first, then renamed."""
@@ -234,11 +252,9 @@ class Folder:
             try:
                 os.fchmod(descriptor, MODE)
                 path.unlink(missing_ok=True)
-                # Python passes `follow_symlinks` on only where a descriptor is given, too.
-                os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
             except OSError:
                 return False
-            return True
+            return _link(descriptor, path)
 
     def _room_for(self, name: str) -> Path:
         path = self.root / name

@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..errors import ChecksumMismatch, DatasetError, StoreFull
 from ..job import human_bytes
 from ..manifest import Entry, Summary, checked
 from .dataset import (
-    DATA,
     Published,
     Reading,
     hashed,
@@ -26,7 +26,7 @@ from .dataset import (
     totals,
     write_manifest,
 )
-from .folder import Folder, walk
+from .folder import Folder, chunks_of, opened, walk
 from .journal import Journal
 from .transfer import Files, Location, Meter, Progress, checkpoint, files, in_order, translated
 from .verdicts import Missing
@@ -37,8 +37,8 @@ DOWNLOAD = ".oasis-flows-download"
 def stage(location: Location, workspace: Path, *, progress: Progress | None = None) -> tuple[Path, Summary]:
     """Bring a dataset to this machine; return the folder that holds exactly its files, and what they add up to.
 
-    A local dataset is not copied: the folder is its own, every file has been read and hashed. Any other is fetched into
-    `workspace/input`, many files at a time, hashed as they move. A published dataset's files are compared with its
+    A local dataset is not copied: the folder is its own (that of a batch, which lies in parts, has links to them), and every
+    file has been read and hashed. Any other is fetched into `workspace/input`, many files at a time, hashed as they move. A published dataset's files are compared with its
     manifest, other objects with their MD5 where the store tells it. The complete manifest is written last, to
     `workspace/input.jsonl`. When a call failed, the next one fetches only what is missing or has changed since.
 
@@ -51,11 +51,20 @@ def stage(location: Location, workspace: Path, *, progress: Progress | None = No
         StoreDenied, StoreUnavailable: the store refuses, or does not answer.
     """
     known, manifest = published(location), workspace / "input.jsonl"
-    if location.is_local:
-        root = Path((known.data if known else location).path).expanduser().absolute()
+    if location.is_local and not (known and known.in_parts):
+        root = Path((known.base if known else location).path).expanduser().absolute()
         return root, _in_place(root, known, manifest, progress)
     into = workspace / "input"
-    return into, _Fetch(location, known, into, workspace / "fetch", progress).run(manifest)
+    return into, _Fetch(*_source(location, known), into, workspace / "fetch", progress, link=True).run(manifest)
+
+
+def stage_files(base: Location, entries: Callable[[], Iterable[Entry]], workspace: Path) -> tuple[Path, Summary]:
+    """Bring some files of the folder `base` into `workspace/input`, as `stage` would all of them; return that folder.
+
+    Files of a local folder are linked there, or copied where they cannot be. Raises as `stage`.
+    """
+    into = workspace / "input"
+    return into, _Fetch(base, entries, into, workspace / "fetch", None, link=True).run(workspace / "input.jsonl")
 
 
 def fetch_to(location: Location, directory: Path, *, progress: Progress | None = None) -> Summary:
@@ -72,10 +81,14 @@ def fetch_to(location: Location, directory: Path, *, progress: Progress | None =
         if any(directory.iterdir()) and not work.exists():
             raise DatasetError(f"The folder {directory} is not empty. Give a new or an empty one.")
         work.mkdir(exist_ok=True)
-    known = published(location)
-    summary = _Fetch(location, known, directory, work, progress).run(work / "manifest.jsonl")
+    summary = _Fetch(*_source(location, published(location)), directory, work, progress).run(work / "manifest.jsonl")
     shutil.rmtree(work)
     return summary
+
+
+def _source(location: Location, known: Published | None) -> tuple[Location, Callable[[], Iterable[Entry]]]:
+    """The folder that a dataset's files are in, and what lists them."""
+    return (known.base, known.entries) if known else (location, partial(listed, location))
 
 
 def _in_place(root: Path, known: Published | None, manifest: Path, progress: Progress | None) -> Summary:
@@ -118,23 +131,28 @@ def _require_files(summary: Summary, where: str) -> None:
 
 @dataclass(slots=True)
 class _Fetch:
-    """One dataset on its way into a folder; `work` holds what resuming needs."""
+    """Files of a folder on their way into another; `work` holds what resuming needs.
+
+    With `link`, files that are on the same file system are not copied. Then nobody may write to those in the new folder.
+    """
 
     location: Location
-    known: Published | None
+    entries: Callable[[], Iterable[Entry]]
     into: Path
     work: Path
     progress: Progress | None
+    link: bool = False
 
     def run(self, manifest: Path) -> Summary:
         """Fetch what is missing, and write the manifest."""
         listing, journal, parts = self.work / "listing.jsonl", Journal(self.work / "journal.jsonl"), self.work / "parts"
-        total = write_manifest(checked(self.known.entries() if self.known else listed(self.location)), listing)
+        total = write_manifest(checked(self.entries()), listing)
         _require_files(total, self.location.url)
         self._prepare(listing, parts)
-        self._require_room(total.size_bytes - sum(entry.bytes for entry in journal.entries()))
+        if not (self.link and self.location.is_local):
+            self._require_room(total.size_bytes - sum(entry.bytes for entry in journal.entries()))
         meter = Meter(self.progress, total.file_count, total.size_bytes)
-        one = _FetchOne(files(self.location), DATA if self.known else "", self.into, parts, meter)
+        one = _FetchOne(files(self.location), self.into, parts, meter, self.link)
         todo = self._compared_with(listing, journal)
         with journal.appending() as note, closing(in_order(one, todo, tick=meter.tick)) as fetched:
             summary = write_manifest(_noted(fetched, note, meter), manifest)
@@ -181,7 +199,7 @@ def _noted(fetched: Iterable[tuple[Entry, bool]], note: Callable[[Entry], None],
         else:
             meter.add(entry.bytes)
         meter.file_done()
-        yield replace(entry, etag=None)
+        yield replace(entry, etag=None, at=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +207,10 @@ class _FetchOne:
     """Fetches single files; called by many threads."""
 
     store: Files
-    prefix: str
     into: Path
     parts: Path
     meter: Meter
+    link: bool
 
     def __call__(self, item: tuple[Entry, Entry | None]) -> tuple[Entry, bool]:
         """Return the file's entry, and whether it had to be fetched."""
@@ -207,6 +225,12 @@ class _FetchOne:
             ) from error
 
     def _fetch(self, wanted: Entry) -> Entry:
+        if (
+            self.link
+            and isinstance(self.store, Folder)
+            and self.store.link_to(self.into / wanted.path, wanted.at or wanted.path)
+        ):
+            return self._read_linked(wanted)
         first, right = self._copy(wanted)
         if right:
             return first
@@ -215,6 +239,16 @@ class _FetchOne:
             raise _mismatch("the store", wanted, second)
         return second
 
+    def _read_linked(self, wanted: Entry) -> Entry:
+        reading = Reading(self.meter)
+        with opened(self.into, wanted.path) as descriptor:
+            for _ in reading.through(chunks_of(descriptor, str(self.into / wanted.path))):
+                pass
+        got = reading.entry(wanted.path)
+        if got.bytes != wanted.bytes or wanted.sha256 not in (None, got.sha256):
+            raise _mismatch("the store", wanted, got)
+        return got
+
     def _copy(self, wanted: Entry, accept: Entry | None = None) -> tuple[Entry, bool]:
         """Copy the file; it takes its place if it is right: as promised, or the same as `accept`."""
         promised_md5 = wanted.etag if wanted.sha256 is None and re.fullmatch("[0-9a-f]{32}", wanted.etag or "") else None
@@ -222,7 +256,7 @@ class _FetchOne:
         with translated(str(self.into / wanted.path), writing=True):
             try:
                 with part.open("xb") as file:
-                    for chunk in reading.through(self.store.read(self.prefix + wanted.path, etag=wanted.etag)):
+                    for chunk in reading.through(self.store.read(wanted.at or wanted.path, etag=wanted.etag)):
                         checkpoint()
                         file.write(chunk)
                 got = reading.entry(wanted.path, wanted.etag)

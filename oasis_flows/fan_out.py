@@ -1,0 +1,165 @@
+"""Carries a batch out: as many shards at once as fit now, until the schedule has no more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from prefect.logging import get_run_logger
+
+from .batching import Batch, demand_of, places
+from .capacity import described
+from .errors import EngineError, EngineUnavailable, OasisError
+from .ledger import Ledger
+from .machine import nodes_now, open_engine
+from .schedule import Attempt, Ending, Schedule
+from .settings import Settings
+from .shards import Outcome, Shards, run_shard
+
+LOOK_SECONDS = 2.0
+# How long a batch that is stopped waits for its threads beyond the grace of its containers.
+STOP_SECONDS = 60.0
+MOST_AT_ONCE = 256
+_POLL_SECONDS = 0.2
+
+
+class FanOut(Protocol):
+    """Where attempts at shards are made."""
+
+    def room(self) -> int:
+        """How many attempts may be under way at once, now."""
+        ...
+
+    def start(self, attempt: Attempt) -> None:
+        """Begin an attempt."""
+        ...
+
+    def ended(self) -> Iterator[tuple[Attempt, Outcome]]:
+        """Those that have ended since; waits a moment for the first."""
+        ...
+
+
+def carry_out(schedule: Schedule, fan_out: FanOut, tell: Callable[[Outcome, bool], None]) -> OasisError | None:
+    """Make attempts until the schedule has no more; return the error that stopped it, if one did.
+
+    `tell` gets every outcome, and whether it is the last word on its shard. An error of the platform stops the batch once
+    what is under way has ended, and so does one that would be the same for every shard.
+    """
+    stopped_by: OasisError | None = None
+    while not schedule.finished:
+        room = fan_out.room()
+        while schedule.running < room and (attempt := schedule.start(time.monotonic())):
+            fan_out.start(attempt)
+        for attempt, outcome in fan_out.ended():
+            final = schedule.ended(attempt, outcome.ending, time.monotonic())
+            tell(outcome, final)
+            if schedule.stopped and stopped_by is None and outcome.ending in (Ending.UNKNOWN, Ending.HOPELESS):
+                stopped_by = outcome.error
+    return stopped_by
+
+
+class InProcess:
+    """Shards as tasks of the batch's own flow run, in threads of its own process; made by `in_process`."""
+
+    def __init__(self, shards: Shards, pool: ThreadPoolExecutor, settings: Settings) -> None:
+        self._shards, self._pool, self._settings = shards, pool, settings
+        self._ended: SimpleQueue[tuple[Attempt, Outcome]] = SimpleQueue()
+        self._outcomes: dict[str, Outcome] = {}
+        self._room, self._looked, self._waits = 0, 0.0, ""
+        self._running = 0
+
+    def room(self) -> int:
+        """What fits into what others leave: it shrinks and grows with their load. Looked at every two seconds."""
+        if self._looked and time.monotonic() - self._looked < LOOK_SECONDS:
+            return self._room
+        self._looked = time.monotonic()
+        batch = self._shards.batch
+        try:
+            nodes = nodes_now(self._settings, without=batch.plan.run_id)
+        except EngineUnavailable as error:
+            # Containers that run are watched by those who are patient with it; more are started when it is back.
+            self._wait_for(f"the container engine does not answer: {error}")
+            self._room = 0
+            return 0
+        count, found = places(batch.plan, nodes, batch.options, self._settings.headroom)
+        self._room = min(count, MOST_AT_ONCE)
+        have = "; ".join(described(node, self._settings.headroom) for node in nodes[:10])
+        self._wait_for("" if count else f"too few {found.limit} are free for {demand_of(batch.plan)}: {have}")
+        return self._room
+
+    def _wait_for(self, what: str) -> None:
+        if what and not self._waits:
+            get_run_logger().warning("The batch waits: %s. It looks again every %g seconds.", what, LOOK_SECONDS)
+        elif self._waits and not what:
+            get_run_logger().info("The batch goes on: %d at once.", self._room)
+        self._waits = what
+
+    def start(self, attempt: Attempt) -> None:
+        """Begin an attempt, in a thread."""
+        self._running += 1
+        self._pool.submit(copy_context().run, self._work, attempt)
+
+    def _work(self, attempt: Attempt) -> None:
+        error: OasisError = EngineError(
+            f"The task of shard {attempt.shard.name} ended without a word. See the log of its task run."
+        )
+        try:
+            run_shard(self._shards, attempt, self._outcomes, return_state=True)
+        except Exception as other:  # noqa: BLE001 - Prefect's own trouble with a task
+            error = EngineError(
+                f"The task of shard {attempt.shard.name} could not be run. The cause: {type(other).__name__}: {other}"
+            )
+        finally:
+            lost = Outcome(Ending.UNKNOWN, self._shards.unknown(attempt, error), error)
+            self._ended.put((attempt, self._outcomes.pop(attempt.shard.name, lost)))
+
+    def ended(self) -> Iterator[tuple[Attempt, Outcome]]:
+        """Those that have ended since."""
+        pause: float | None = _POLL_SECONDS
+        with suppress(Empty):
+            while True:
+                ended = self._ended.get(timeout=pause) if pause else self._ended.get_nowait()
+                self._running, pause = self._running - 1, None
+                yield ended
+
+    def stop(self) -> None:
+        """End what is under way: every container gets SIGTERM and its grace, then SIGKILL; no thread is left."""
+        self._shards.stop.set()
+        engine, until = open_engine(self._settings), time.monotonic() + self._settings.stop_grace_seconds + STOP_SECONDS
+        grace = self._settings.stop_grace_seconds
+        while self._running and time.monotonic() < until:
+            # Again, for a thread that was about to start a container.
+            with suppress(OasisError):
+                engine.reap(self._shards.batch.plan.run_id, stop_seconds=grace)
+            grace = 0.0
+            for _ in self.ended():
+                pass
+
+
+@contextmanager
+def in_process(shards: Shards, settings: Settings) -> Iterator[InProcess]:
+    """Attempts in this process, for the time of the block. None of their containers outlives it, however it ends."""
+    with ThreadPoolExecutor(MOST_AT_ONCE, "oasis-shard") as pool:
+        fan_out = InProcess(shards, pool, settings)
+        try:
+            yield fan_out
+        except BaseException:
+            fan_out.stop()
+            raise
+
+
+def schedule_of(batch: Batch, ledger: Ledger) -> Schedule:
+    """What is left to do: what the ledger knows is done."""
+    known = {row.shard: row.ending for row in ledger.rows()}
+    return Schedule(
+        batch.layout,
+        batch.bytes,
+        known=known,
+        algorithm_retries=batch.options.algorithm_retries,
+        most_failed=batch.options.max_failed_files,
+    )

@@ -1,0 +1,46 @@
+"""Which files of a dataset are meant, by a pattern over their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from .manifest import Entry
+
+_SPECIAL = re.compile(r"([\\^\[\]&~|])")
+
+
+def included(entries: Iterable[Entry], pattern: str | None) -> Iterator[Entry]:
+    """The entries whose names match a pattern; without one, all."""
+    if pattern is None:
+        yield from entries
+        return
+    matches = name_pattern(pattern).fullmatch
+    yield from (entry for entry in entries if matches(entry.path))
+
+
+def name_pattern(pattern: str) -> re.Pattern[str]:
+    """A glob as a regular expression for whole names; upper and lower case count.
+
+    `*` and `?` stand for anything but a slash, `**` for any folders, `[abc]` and `[!abc]` for one character. A pattern
+    without a slash is about the last part of a name, in whatever folder; with one at its beginning, about the whole name.
+    """
+    text = pattern.removeprefix("/") if "/" in pattern else f"**/{pattern}"
+    parts = re.findall(r"\*\*/|\*\*|\*|\?|\[(?:!.|[^!])[^\]]*\]|.", text, re.DOTALL)
+    return re.compile("".join(map(_regular, parts)), re.DOTALL)
+
+
+def exactly(name: str) -> str:
+    """The pattern that only this name matches."""
+    escaped = re.sub(r"([*?\[])", r"[\1]", name)
+    return escaped if "/" in name else f"/{escaped}"
+
+
+def _regular(part: str) -> str:
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    if part in known:
+        return known[part]
+    if len(part) == 1:
+        return re.escape(part)
+    negated, inside = part.startswith("[!"), part[1:-1].removeprefix("!")
+    return "[" + ("^/" if negated else "") + _SPECIAL.sub(r"\\\1", inside) + "]"

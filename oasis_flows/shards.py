@@ -1,0 +1,161 @@
+"""One attempt at a shard: a run like any other on a part of the input, as a Prefect task of its batch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from prefect import runtime, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.states import Failed
+
+from .batching import Batch
+from .errors import AlgorithmFailed, DatasetError, OasisError, StoreDenied, StoreFull
+from .job import ContainerExit, Reason
+from .ledger import Ledger, Row
+from .manifest import Summary
+from .plan import Plan
+from .schedule import Attempt, Ending
+from .settings import Settings
+from .tasks import publish_output, run_container, stage_input
+from .verdict import failure, judge
+from .workspace import Workspace
+
+# What no file can be blamed for: the container never ran.
+_NEVER_STARTED = (Reason.COMMAND_NOT_FOUND, Reason.NOT_EXECUTABLE, Reason.EXEC_FORMAT)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended; `error` is why, unless it is done."""
+
+    ending: Ending
+    row: Row
+    error: OasisError | None = None
+
+
+class Interrupted(Exception):
+    """The batch ends before the shard does."""
+
+
+@dataclass(eq=False, slots=True)
+class Shards:
+    """What attempts at the shards of one batch have in common. Safe to use from many threads.
+
+    Once `stop` is set, an attempt ends as soon as its container has, and nothing of it counts.
+    """
+
+    batch: Batch
+    workspace: Workspace
+    settings: Settings
+    ledger: Ledger
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def attempt(self, attempt: Attempt) -> Outcome:
+        """Make the attempt. A shard that is done is in the ledger; one that failed is for the caller to write down.
+
+        Raises:
+            Interrupted: `stop` was set meanwhile.
+        """
+        began, plan = time.monotonic(), self.batch.shard_plan(attempt.shard)
+        row = partial(Row.of, attempt)
+        try:
+            published, exit = self._run(plan)
+        except OasisError as error:
+            if self.stop.is_set():
+                raise Interrupted from error
+            verdict, ending = judge(error), ending_of(error)
+            if ending is not Ending.UNKNOWN:
+                self.workspace.drop_part(attempt.shard.name)
+            ran = isinstance(error, AlgorithmFailed)
+            facts: dict[str, Any] = {
+                "exit_code": error.exit.exit_code if isinstance(error, AlgorithmFailed) else None,
+                "code": verdict.code,
+                "sentence": verdict.sentence,
+                "tail": verdict.evidence,
+                "url": plan.output.url if ran else None,
+                "log": f"{plan.output.url}/log.txt" if ran else None,
+            }
+            return Outcome(ending, row(ending, seconds=_since(began), **facts), error)
+        done = row(
+            Ending.DONE,
+            published=published,
+            seconds=_since(began),
+            exit_code=exit.exit_code,
+            url=plan.output.url,
+            log=f"{plan.output.url}/log.txt",
+        )
+        self.ledger.write(done)
+        return Outcome(Ending.DONE, done)
+
+    def unknown(self, attempt: Attempt, error: OasisError) -> Row:
+        """The row of an attempt of which nobody knows how it ended."""
+        verdict = judge(error)
+        return Row.of(attempt, Ending.UNKNOWN, seconds=0.0, code=verdict.code, sentence=verdict.sentence, tail=verdict.evidence)
+
+    def _run(self, plan: Plan) -> tuple[Summary, ContainerExit]:
+        assert plan.part is not None  # noqa: S101 - `shard_plan` made it
+        with self.workspace.part(plan.part.shard.name) as part:
+            self._go_on()
+            folder, staged = stage_input.fn(plan, part)
+            self._go_on()
+            exit, verdict = run_container.fn(
+                plan, part, self.settings, image=self.batch.image, input_folder=folder, go_on=self._go_on
+            )
+            self._go_on()
+            flow_run = {
+                "id": self.batch.plan.run_id,
+                "name": str(runtime.flow_run.name),
+                "ui_url": str(runtime.flow_run.ui_url or ""),
+            }
+            published, _ = publish_output.fn(
+                plan, part, image=self.batch.image, staged=staged, exit=exit, verdict=verdict, flow_run=flow_run
+            )
+        if exit.reason is not Reason.OK:
+            raise failure(verdict, exit, f"{plan.output.url}/log.txt")
+        return published, exit
+
+    def _go_on(self) -> None:
+        if self.stop.is_set():
+            raise Interrupted
+
+
+def ending_of(error: OasisError) -> Ending:
+    """What an error means for the schedule."""
+    if isinstance(error, AlgorithmFailed):
+        return ending_of_reason(error.exit.reason)
+    if error.transient or isinstance(error, StoreFull):
+        return Ending.UNKNOWN
+    if isinstance(error, DatasetError) and not isinstance(error, StoreDenied):
+        # A file that is gone, changed, or misnamed by the algorithm: the others may be well.
+        return Ending.FAILED
+    return Ending.HOPELESS
+
+
+def ending_of_reason(reason: Reason) -> Ending:
+    """What the end of a container that did not succeed means for the schedule."""
+    if reason in _NEVER_STARTED:
+        return Ending.HOPELESS
+    return {Reason.KILLED: Ending.KILLED, Reason.DISK_FULL: Ending.UNKNOWN}.get(reason, Ending.FAILED)
+
+
+@task(name="shard", task_run_name="shard-{attempt.shard.name}", cache_policy=NO_CACHE, persist_result=False)
+def run_shard(shards: Shards, attempt: Attempt, outcomes: dict[str, Outcome]) -> State[Any] | None:
+    """Make an attempt at a shard, and leave what came of it in `outcomes` under the shard's name."""
+    try:
+        outcome = outcomes[attempt.shard.name] = shards.attempt(attempt)
+    except Interrupted:
+        return Failed(message="The batch ended before this shard did.")
+    if outcome.error is None:
+        return None
+    get_run_logger().warning("%s", outcome.error)
+    return Failed(message=outcome.row.sentence, data=outcome.error)
+
+
+def _since(began: float) -> float:
+    return round(time.monotonic() - began, 3)

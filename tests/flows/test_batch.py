@@ -1,0 +1,428 @@
+"""The batch in this process, against a real Prefect server, with Python functions in the place of containers."""
+
+import json
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow
+from prefect.states import Scheduled
+
+from oasis_flows import documents, fan_out, schedule
+from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
+from oasis_flows.errors import (
+    AlgorithmFailed,
+    ContainerLost,
+    DatasetError,
+    DescriptionError,
+    DuplicateName,
+    EngineUnavailable,
+    FilesFailed,
+    NoCapacity,
+)
+from oasis_flows.flows.algorithm_task import algorithm_task
+from oasis_flows.flows.batch import batch
+from oasis_flows.job import ContainerExit, Reason
+from oasis_flows.machine import stand_in
+from oasis_flows.testing import FakeEngine, host_path
+
+IMAGE = DockerImage(image_id="upper:1")
+
+
+def upper(job, log):
+    """Write each input file in capitals, under its own name."""
+    for file in sorted(path for path in host_path(job, "/work/input").rglob("*") if path.is_file()):
+        if "bad" in file.name:
+            log("stderr", f"cannot read {file.name}\n".encode())
+            return 7
+        target = host_path(job, "/work/output") / file.relative_to(host_path(job, "/work/input"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(file.read_text().upper())
+    log("stdout", b"done\n")
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    monkeypatch.setattr(schedule, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(fan_out, "LOOK_SECONDS", 0.05)
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """Makes a dataset of files with these names, each of which holds its name."""
+
+    def make(*names):
+        for name in names:
+            (tmp_path / "notes" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "notes" / name).write_text(name)
+        return Dataset(url=str(tmp_path / "notes"))
+
+    return make
+
+
+class Ran:
+    """A finished batch, as the server and this machine have it."""
+
+    def __init__(self, server, home, state):
+        self.server, self.home, self.state = server, home, state
+        self.id = str(state.state_details.flow_run_id)
+        self.result = state.result(raise_on_failure=False)
+        self.run = server.api(f"/flow_runs/{self.id}")
+        self.folder = Path(self.run["labels"].get("oasis.output", "/nowhere"))
+
+    @property
+    def record(self):
+        return json.loads((self.folder / "task.json").read_text())
+
+    @property
+    def manifest(self):
+        return [json.loads(line) for line in (self.folder / "manifest.jsonl").read_text().splitlines()]
+
+    @property
+    def content(self):
+        return {row["path"]: (self.folder / row["at"]).read_text() for row in self.manifest}
+
+    def lines(self, name):
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+    @property
+    def artifacts(self):
+        wanted = {"artifacts": {"flow_run_id": {"any_": [self.id]}}}
+        return {artifact["key"]: artifact["data"] for artifact in self.server.api("/artifacts/filter", wanted)}
+
+    @property
+    def workspace(self):
+        return self.home / "workspaces" / self.id
+
+
+@pytest.fixture
+def ran(prefect_server, here):
+    """Runs a batch with an engine; returns what became of it."""
+
+    def run(engine, dataset, algorithm=None, **options):
+        with stand_in(engine):
+            state = batch(algorithm or Algorithm(docker_image=IMAGE, memory="1GiB"), dataset, return_state=True, **options)
+        return Ran(prefect_server, here, state)
+
+    return run
+
+
+def again(ran, engine, dataset, **parameters):
+    """The same flow run once more, as a worker does after `prefect flow-run retry`."""
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(uuid.UUID(ran.id), Scheduled(name="AwaitingRetry"), force=True)
+        flow_run = client.read_flow_run(uuid.UUID(ran.id))
+    given = {"algorithm": Algorithm(docker_image=IMAGE, memory="1GiB"), "input_dataset": dataset, **parameters}
+    with stand_in(engine):
+        state = run_flow(batch, flow_run=flow_run, parameters=given, return_type="state")
+    return Ran(ran.server, ran.home, state)
+
+
+NAMES = [f"{letter}/{number:02}.txt" for letter in "abc" for number in range(10)]
+
+
+def test_one_dataset_comes_out_whose_manifest_points_into_the_shards(ran, notes):
+    engine = FakeEngine(upper)
+    done = ran(engine, notes(*NAMES), files_per_shard=7)
+
+    assert done.run["state_type"] == "COMPLETED", done.result
+    assert done.content == {name: name.upper() for name in NAMES}
+    assert [row["path"] for row in done.manifest] == sorted(NAMES)
+    assert {row["at"].split("/")[1] for row in done.manifest} == {"0", "1", "2", "3", "4"}
+    assert [(row["shard"], row["files"], row["ending"], row["attempts"]) for row in done.lines("shards.jsonl")] == [
+        ("0", [0, 7], "done", 1),
+        ("1", [7, 14], "done", 1),
+        ("2", [14, 21], "done", 1),
+        ("3", [21, 28], "done", 1),
+        ("4", [28, 30], "done", 1),
+    ]
+    assert done.lines("failed.jsonl") == []
+    assert done.record["status"] == "Succeeded"
+    assert done.record["batch"] | {"container_seconds": 0} == {
+        "shards_planned": 5,
+        "shards_published": 5,
+        "files_failed": 0,
+        "include": None,
+        "container_seconds": 0,
+    }
+    shard = json.loads((done.folder / "shards/3/task.json").read_text())
+    assert shard["shard"] == {"name": "3", "index": 3, "count": 5, "start": 21, "end": 28}
+    assert shard["input"]["file_count"] == 7
+    assert (done.folder / "shards/3/log.txt").read_bytes() == b"done\n"
+    assert not done.workspace.exists()
+    document = documents.find(Dataset, done.result._block_document_name)
+    assert (document.url, document.file_count) == (str(done.folder), 30)
+    assert len(done.artifacts["oasis-batch"]) > 100
+    assert "30 files" in done.artifacts["oasis-run"]
+
+
+def test_a_shards_container_sees_its_files_alone_and_its_place(ran, notes):
+    engine = FakeEngine(upper)
+    ran(engine, notes("a", "b", "c"), shards=3, max_parallel=1)
+
+    places = {job.environment["OASIS_SHARD_INDEX"]: job for job in engine.jobs}
+    assert sorted(places) == ["0", "1", "2"]
+    assert {job.environment["OASIS_SHARD_COUNT"] for job in engine.jobs} == {"3"}
+    assert len({job.environment["OASIS_RUN_ID"] for job in engine.jobs}) == 3
+    assert len({job.lease for job in engine.jobs}) == 1
+
+
+def test_the_output_is_the_input_of_the_next_run_and_of_the_next_batch(ran, notes, prefect_server, here):
+    first = ran(FakeEngine(upper), notes(*NAMES), shards=4)
+    with stand_in(FakeEngine(upper)):
+        state = algorithm_task(Algorithm(docker_image=IMAGE), first.result, return_state=True)
+    second = ran(FakeEngine(upper), first.result, shards=3)
+
+    record = json.loads((Path(state.result().url) / "task.json").read_text())
+    assert record["input"]["manifest_digest"] == first.result.manifest_digest
+    assert second.content == first.content
+    assert second.result.manifest_digest == first.result.manifest_digest
+
+
+def test_include_takes_the_files_that_match(ran, notes):
+    done = ran(FakeEngine(upper), notes("a.txt", "deep/b.txt", "c.TXT", "d.jpg"), include="*.txt")
+
+    assert sorted(done.content) == ["a.txt", "deep/b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "error", "words"),
+    [
+        ((), {}, DatasetError, "holds no files"),
+        (("a",), {"include": "*.jpg"}, DatasetError, "matches `include`"),
+        (("a",), {"files_per_shard": 0}, DescriptionError, "files_per_shard"),
+        (("a",), {"files_per_shard": -3}, DescriptionError, "files_per_shard"),
+        (("a",), {"shards": 2, "files_per_shard": 2}, DescriptionError, "Both `shards` and `files_per_shard`"),
+        (("a",), {"on_failed_files": "ignore"}, DescriptionError, "on_failed_files"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(ran, notes, tmp_path, names, options, error, words):
+    (tmp_path / "notes").mkdir()
+    engine = FakeEngine(upper)
+    done = ran(engine, notes(*names) or Dataset(url=str(tmp_path / "notes")), **options)
+
+    assert isinstance(done.result, error)
+    assert words in str(done.result)
+    assert engine.jobs == []
+    assert done.run["state_type"] == "FAILED"
+
+
+def test_an_algorithm_bigger_than_any_machine_is_refused_at_once(ran, notes):
+    began = time.monotonic()
+    done = ran(FakeEngine(upper, cpus=2), notes("a"), Algorithm(docker_image=IMAGE, cpus=2))
+
+    assert isinstance(done.result, NoCapacity)
+    assert "no node has that, even empty" in done.run["state"]["message"]
+    assert time.monotonic() - began < 20
+
+
+class Busy(FakeEngine):
+    """An engine whose machine is full at first."""
+
+    looks = 0
+
+    def nodes(self, *, without=None):
+        type(self).looks += 1
+        (node,) = super().nodes(without=without)
+        if type(self).looks in range(2, 6):
+            node = type(node)(name=node.name, allocatable=node.allocatable, requested=node.allocatable)
+        return (node,)
+
+
+def test_a_full_machine_is_waited_for_and_said_to_be(ran, notes):
+    done = ran(Busy(upper), notes("a", "b"))
+
+    assert done.run["state_type"] == "COMPLETED"
+    wanted = {"logs": {"flow_run_id": {"any_": [done.id]}}, "limit": 200}
+    until = time.monotonic() + 30
+    while time.monotonic() < until and "goes on" not in str(done.server.api("/logs/filter", wanted)):
+        time.sleep(0.2)
+    assert "too few processors are free for 1 processors" in str(done.server.api("/logs/filter", wanted))
+
+
+def test_never_more_at_once_than_fit_or_than_the_user_wants(ran, notes):
+    under_way, most, lock = [], [], threading.Lock()
+
+    def slow(job, log):
+        with lock:
+            under_way.append(job)
+            most.append(len(under_way))
+        time.sleep(0.05)
+        with lock:
+            under_way.remove(job)
+        return upper(job, log)
+
+    ran(FakeEngine(slow, cpus=5), notes(*NAMES), files_per_shard=2)
+    fits, most[:] = max(most), []
+    ran(FakeEngine(slow, cpus=5), notes(*NAMES), files_per_shard=2, max_parallel=2)
+
+    assert fits == 4
+    assert max(most) == 2
+
+
+def test_a_file_that_breaks_the_algorithm_stands_alone_and_all_others_are_published(ran, notes):
+    engine = FakeEngine(upper)
+    done = ran(engine, notes(*NAMES, "b/bad.txt"), shards=2)
+
+    assert isinstance(done.result, FilesFailed)
+    assert done.run["state_type"] == "FAILED"
+    assert done.run["state"]["message"].startswith(
+        "1 of 31 files failed, and the output of all others is published as dataset "
+    )
+    assert done.content == {name: name.upper() for name in NAMES}
+    (bad,) = done.lines("failed.jsonl")
+    assert (bad["file"], bad["verdict"]["code"], bad["last_lines"]) == ("b/bad.txt", "exit_nonzero", ["cannot read bad.txt"])
+    assert bad["command"].endswith("--include b/bad.txt")
+    assert Path(bad["log"]).read_bytes() == b"cannot read bad.txt\n"
+    assert len(engine.jobs) <= 2 + 2 * 4
+    name = done.record["output"]["name"]
+    assert documents.find(Dataset, name).file_count == 30
+
+
+def test_failed_files_can_be_accepted(ran, notes):
+    done = ran(FakeEngine(upper), notes("a", "bad", "c"), on_failed_files="accept")
+
+    assert done.run["state_type"] == "COMPLETED"
+    assert done.content == {"a": "A", "c": "C"}
+    assert done.record["verdict"]["sentence"].endswith("but for 1 file, which failed alone.")
+
+
+def test_when_every_file_fails_there_is_nothing_to_publish(ran, notes):
+    done = ran(FakeEngine(upper), notes("bad1", "bad2"), on_failed_files="accept")
+
+    assert isinstance(done.result, FilesFailed)
+    assert not (done.folder / "manifest.jsonl").exists()
+    assert len(done.lines("failed.jsonl")) == 2
+
+
+def test_an_algorithm_that_fails_on_everything_is_given_up(ran, notes):
+    engine = FakeEngine(upper)
+    done = ran(engine, notes(*[f"bad{number:03}" for number in range(300)]), shards=2, max_failed_files=3, max_parallel=1)
+
+    assert isinstance(done.result, FilesFailed)
+    assert "The batch was given up when 4 files of 300 had failed alone" in str(done.result)
+    assert len(engine.jobs) < 20
+    assert not (done.folder / "manifest.jsonl").exists()
+
+
+def test_a_command_that_cannot_start_ends_the_batch_at_once(ran, notes):
+    engine = FakeEngine(lambda job, log: ContainerExit(reason=Reason.COMMAND_NOT_FOUND, exit_code=127))
+    done = ran(engine, notes(*NAMES), shards=10, max_parallel=1)
+
+    assert isinstance(done.result, AlgorithmFailed)
+    assert len(engine.jobs) == 1
+
+
+@pytest.mark.parametrize(
+    "accident",
+    [ContainerLost("It vanished."), EngineUnavailable("It is away."), ContainerExit(reason=Reason.KILLED, exit_code=137)],
+)
+def test_what_the_platform_failed_is_tried_again(ran, notes, accident):
+    tries = []
+
+    def unlucky(job, log):
+        tries.append(job.run_id)
+        if tries.count(job.run_id) < 3:
+            if isinstance(accident, Exception):
+                raise accident
+            return accident
+        return upper(job, log)
+
+    done = ran(FakeEngine(unlucky), notes("a", "b"), shards=2)
+
+    assert done.content == {"a": "A", "b": "B"}
+    assert [row["attempts"] for row in done.lines("shards.jsonl")] == [3, 3]
+
+
+def test_an_algorithms_failure_is_tried_again_only_if_the_user_asks(ran, notes):
+    tries = []
+
+    def moody(job, log):
+        tries.append(job.run_id)
+        return upper(job, log) if tries.count(job.run_id) > 1 else 1
+
+    done = ran(FakeEngine(moody), notes("a", "b"), shards=1, algorithm_retries=1)
+
+    assert done.content == {"a": "A", "b": "B"}
+    assert len(tries) == 2
+
+
+def test_a_platform_that_stays_away_fails_the_batch_and_a_retry_does_only_what_is_left(ran, notes):
+    away = threading.Event()
+
+    def fails_from_b(job, log):
+        if any(path.name.startswith("1") for path in host_path(job, "/work/input").rglob("*")):
+            raise ContainerLost("It vanished.")
+        return upper(job, log)
+
+    dataset = notes(*[f"{number:02}" for number in range(20)])
+    first = ran(FakeEngine(fails_from_b), dataset, files_per_shard=1, max_parallel=2)
+    assert isinstance(first.result, ContainerLost)
+    assert not (first.folder / "manifest.jsonl").exists()
+    finished = {path.stem for path in (first.folder / "batch/ledger").iterdir()}
+    assert finished
+
+    engine = FakeEngine(upper)
+    second = again(first, engine, dataset, files_per_shard=1)
+    assert second.run["state_type"] == "COMPLETED"
+    assert len(second.content) == 20
+    assert {job.run_id.partition(".")[2] for job in engine.jobs} == {str(index) for index in range(20)} - finished
+    away.set()
+
+
+def test_a_batch_that_is_published_is_published_once(ran, notes):
+    dataset = notes("a", "b")
+    first = ran(FakeEngine(upper), dataset)
+    before = (first.folder / "manifest.jsonl").stat().st_mtime_ns
+    engine = FakeEngine(upper)
+    second = again(first, engine, dataset)
+
+    assert engine.jobs == []
+    assert second.run["state_type"] == "COMPLETED"
+    assert (second.folder / "manifest.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_batch_whose_input_changed_meanwhile_is_refused_with_what_changed(ran, notes):
+    dataset = notes("a", "b", "c")
+    first = ran(FakeEngine(lambda job, log: ContainerLost("x") if False else upper(job, log)), dataset)
+    (Path(dataset.url) / "b").write_text("longer than before")
+    (Path(dataset.url) / "c").unlink()
+    (Path(dataset.url) / "d").write_text("new")
+    second = again(first, FakeEngine(upper), dataset)
+
+    assert isinstance(second.result, DatasetError)
+    assert "'b' has changed; 'c' is gone; 'd' is new" in str(second.result)
+
+
+def test_a_batch_does_not_go_on_as_another_one(ran, notes):
+    dataset = notes("a", "b", "c")
+    first = ran(FakeEngine(upper), dataset)
+    other = Algorithm(docker_image=IMAGE, memory="1GiB", command="something else")
+    second = again(first, FakeEngine(upper), dataset, algorithm=other)
+
+    assert isinstance(second.result, DescriptionError)
+    assert "was begun with another `algorithm`" in str(second.result)
+
+
+def test_two_shards_that_wrote_the_same_name_are_named(ran, notes):
+    def same(job, log):
+        (host_path(job, "/work/output") / "summary.csv").write_text("1")
+        return 0
+
+    done = ran(FakeEngine(same), notes("a", "b"), shards=2)
+
+    assert isinstance(done.result, DuplicateName)
+    assert "The parts shards/0 and shards/1 both wrote 'summary.csv'" in str(done.result)
+    assert not (done.folder / "manifest.jsonl").exists()
+
+
+def test_a_store_elsewhere_holds_ledger_shards_and_manifest(ran, notes):
+    store = DatasetStore(url="memory://batches")
+    done = ran(FakeEngine(upper), notes(*NAMES), shards=3, store=store)
+
+    assert done.run["state_type"] == "COMPLETED", done.result
+    assert done.result.file_count == 30
