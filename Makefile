@@ -42,7 +42,7 @@ test: install ## every test, against a real engine, S3 server, Prefect server an
 
 chaos: install ## kill, cut and corrupt everything while runs go on; CHAOS_SECONDS (480), CHAOS_SEED, CHAOS_ROUND
 	@scripts/debian-packages $(CHAOS_PACKAGES)
-	@engine=$$(scripts/engine-up) && export "$$engine" && $(BIN)/python -m pytest tests/chaos
+	@engine=$$(scripts/engine-up) && export "$$engine" && $(BIN)/python -m pytest tests/chaos $(PYTEST_ARGS)
 	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_SEED=$(CHAOS_SEED) CHAOS_ROUND=$(CHAOS_ROUND) $(BIN)/python -m tests.chaos
 
 check: install ## formatting, types, import directions, spelling

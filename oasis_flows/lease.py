@@ -20,12 +20,14 @@ from pathlib import Path
 from .errors import RunInUse
 
 # Others lock a lease for a moment to look at it, and a little longer to remove what lies beside it.
-PATIENCE_SECONDS = 2.0
+PATIENCE_SECONDS = 10.0
 
 
 @contextmanager
-def hold(path: Path) -> Iterator[None]:
+def hold(path: Path, attempt: int = 1) -> Iterator[None]:
     """Keep the lease at `path` locked for the time of the block. The file stays behind; its folder's owner removes it.
+
+    It says which attempt of the run the owner is; see `attempt_of`.
 
     A folder that is not there is made, for this user alone. A lease that is busy is waited for, `PATIENCE_SECONDS` long.
 
@@ -34,6 +36,8 @@ def hold(path: Path) -> Iterator[None]:
     """
     descriptor = _lock_patiently(path)
     try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(attempt).encode(), 0)
         renew(path)
         try:
             yield
@@ -47,6 +51,14 @@ def hold(path: Path) -> Iterator[None]:
 def renew(path: Path) -> None:
     """Note that the owner was seen now."""
     os.utime(path)
+
+
+def attempt_of(path: Path) -> int:
+    """Which attempt of the run the last owner was; 0 where nobody knows."""
+    try:
+        return int(path.read_bytes() or b"0")
+    except (OSError, ValueError):
+        return 0
 
 
 @contextmanager

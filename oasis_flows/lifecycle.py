@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ from prefect.logging import get_run_logger
 from prefect.settings import get_current_settings
 
 from . import settings
-from .artifacts import FAILED_TAG, first_files
+from .artifacts import FAILED_TAG, first_files, tell_failure
 from .documents import patiently
 from .errors import OasisError, UnsafeName
 from .log import last_lines
 from .machine import open_engine
 from .manifest import Summary
 from .plan import Plan
-from .reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE, abandon_uploads, reap
+from .reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE, abandon_uploads, gone, reap, remove_rest
 from .record import Account
 from .settings import Settings
 from .tasks import MARKER_PUBLISHED, MARKER_RUN, stage_seconds
@@ -70,7 +70,7 @@ def owned_workspace(here: Settings, account: Account) -> Iterator[Workspace]:
         RunInUse: another process works on this run.
         StoreFull: the folder cannot be made.
     """
-    with watched(_environment(here)), open_workspace(here.workspaces, str(runtime.flow_run.id)) as workspace:
+    with watched(_environment(here)), _opened(here) as workspace:
         account.settle = partial(_settle, workspace, account, here)
         try:
             _sweep(here)
@@ -85,6 +85,10 @@ def owned_workspace(here: Settings, account: Account) -> Iterator[Workspace]:
         finally:
             if not workspace.is_resumable:
                 workspace.remove()
+
+
+def _opened(here: Settings) -> AbstractContextManager[Workspace]:
+    return open_workspace(here.workspaces, str(runtime.flow_run.id), runtime.flow_run.run_count or 1)
 
 
 def _settle(workspace: Workspace, account: Account, here: Settings, error: OasisError | None) -> None:
@@ -131,9 +135,9 @@ def _sweep(here: Settings) -> None:
 def clean_up(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
     """Remove what a cancelled or crashed run may have left on this machine. Prefect calls it with exactly these names."""
     here = settings.current()
-    workspace = Workspace(here.workspaces / str(flow_run.id))
-    open_engine(here).reap(str(flow_run.id))
     abandon_uploads(flow_run)
     # A crashed run of a deployment can be retried, and then finds its workspace.
-    if state.is_cancelled() or state.is_cancelling() or flow_run.deployment_id is None:
-        workspace.remove_abandoned(0)
+    remove_rest(flow_run, here, folder=not state.is_crashed() or flow_run.deployment_id is None)
+    if state.is_crashed():
+        with get_client(sync_client=True) as client:
+            tell_failure(client, flow_run.id, flow_run.name, gone(flow_run))

@@ -31,7 +31,7 @@ from .machine import open_engine
 from .plan import options_of
 from .settings import Settings
 from .store import Location
-from .verdict import judge
+from .verdict import Verdict, judge
 from .workspace import Workspace
 
 LABEL_HOST, LABEL_OUTPUT, LABEL_STORE = "oasis.host", "oasis.output", "oasis.store"
@@ -67,7 +67,7 @@ def reap(settings: Settings, *, now: bool = False) -> Reaped:
         # Before Prefect, which may take minutes to say that it is away.
         containers = engine.reap(grace_seconds=window, below=settings.workspaces)
     finally:
-        with _noted_if_away():
+        with _noted("Prefect could not be told which runs are dead"):
             runs = _tell_ends(settings, min(window, SILENCE_SECONDS))
     return Reaped(containers=containers, workspaces=workspace.reap(settings.workspaces, settings.keep_seconds), runs=runs)
 
@@ -98,11 +98,11 @@ def _still_silent(settings: Settings) -> bool:
 
 
 @contextmanager
-def _noted_if_away() -> Iterator[None]:
+def _noted(what: str, *about: object) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - whatever Prefect's trouble is, nothing must stay for it
-        logger.warning("Prefect could not be told which runs are dead: %s: %s", type(error).__name__, error)
+    except Exception as error:  # noqa: BLE001 - what one thing that is away prevents, must not keep the others from being done
+        logger.warning(f"{what}: %s: %s", *about, type(error).__name__, error)
 
 
 def _silent(settings: Settings, silence_seconds: float) -> list[UUID]:
@@ -124,45 +124,66 @@ def _running(ids: Sequence[UUID]) -> list[FlowRun]:
 
 def _tell_ends(settings: Settings, silence_seconds: float) -> tuple[str, ...]:
     """Tell Prefect of the runs whose process died and which it believes running; return their ids."""
-    return tuple(
-        str(run.id) for run in _running(_silent(settings, silence_seconds)) if _tell_end(run, settings, silence_seconds)
-    )
+    told = []
+    for run in _running(_silent(settings, silence_seconds)):
+        with _noted("Prefect could not be told the end of run %s", run.id):
+            if _tell_end(run, settings, silence_seconds):
+                told.append(str(run.id))
+    return tuple(told)
 
 
 def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> bool:
     place = Workspace(settings.workspaces / str(run.id))
     with lease.taken(place.lease, silence_seconds) as dead, get_client(sync_client=True) as client:
-        began = [s.timestamp for s in client.read_flow_run_states(run.id) if s.type is StateType.RUNNING]
-        # An owner that was last seen before the run began to run was that of an earlier attempt.
-        if not dead or run.state is None or not began or place.lease.stat().st_mtime < max(began).timestamp():
+        # The owner that died may have been that of an earlier attempt, and the one of this attempt is only on its way here.
+        if not dead or run.state is None or lease.attempt_of(place.lease) != run.run_count:
             return False
         cancelled, may_return = run.state.is_cancelling(), run.deployment_id is not None
-        verdict = judge(ProcessGone(PROCESS_GONE + (f" Run it again: prefect flow-run retry {run.id}" if may_return else "")))
+        verdict = gone(run)
         state: State[Any] = (
-            Cancelled(message=verdict.sentence) if cancelled else Crashed(message=str(verdict.sentence + " " + verdict.advice))
+            Cancelled(message=verdict.sentence) if cancelled else Crashed(message=f"{verdict.sentence} {verdict.advice}")
         )
         if client.set_flow_run_state(run.id, state).status is not SetStateStatus.ACCEPT:
             return False
         if not cancelled:
-            with _noted_if_away():
+            with _noted("The failure of run %s could not be told", run.id):
                 tell_failure(client, run.id, run.name, verdict)
     abandon_uploads(run)
     if cancelled or not may_return:
         # Nobody comes back for what it left.
-        open_engine(settings).reap(str(run.id))
-        place.remove_abandoned(0)
+        remove_rest(run, settings)
     return True
 
 
+def gone(run: FlowRun) -> Verdict:
+    """What there is to say of a run whose process is gone."""
+    again = f" Run it again: prefect flow-run retry {run.id}" if run.deployment_id is not None else ""
+    return judge(ProcessGone(PROCESS_GONE + again))
+
+
+def remove_rest(run: FlowRun, settings: Settings, *, folder: bool = True) -> None:
+    """Remove a dead run's container, and its workspace (`folder`), unless somebody else works on the run by now.
+
+    What cannot be removed now is for the next `reap`; it raises nothing.
+    """
+    place = Workspace(settings.workspaces / str(run.id))
+    with lease.taken(place.lease, 0) as free:
+        if not free and not lease.missing(place.lease):
+            return
+        with _noted("The container of run %s may be left behind", run.id):
+            open_engine(settings).reap(str(run.id))
+    with _noted("The workspace of run %s may be left behind", run.id):
+        if folder:
+            place.remove_abandoned(0)
+
+
 def abandon_uploads(run: FlowRun) -> None:
-    """Abort what a dead run was sending to its store, so far as that has a document to open it with."""
+    """Abort what a dead run was sending to its store, so far as that has a document to open it with. It raises nothing."""
     url, name = run.labels.get(LABEL_OUTPUT), run.labels.get(LABEL_STORE)
-    if not url:
-        return
-    try:
-        store.abandon(Location(str(url), options_of(documents.find(DatasetStore, str(name)) if name else None)))
-    except Exception as error:  # noqa: BLE001 - of all that is left it hurts least, and a retry aborts it, too
-        logger.warning("Uploads to %s may be left behind: %s: %s", url, type(error).__name__, error)
+    if url:
+        # Of all that can be left it hurts least, and a retry aborts it, too.
+        with _noted("Uploads to %s may be left behind", url):
+            store.abandon(Location(str(url), options_of(documents.find(DatasetStore, str(name)) if name else None)))
 
 
 def _is_run_id(name: str) -> bool:

@@ -178,8 +178,8 @@ class Workspace:
 
 
 @contextmanager
-def open_workspace(root: Path, run_id: str) -> Iterator[Workspace]:
-    """The run's folder, made if it is new and owned by this process until the block ends.
+def open_workspace(root: Path, run_id: str, attempt: int = 1) -> Iterator[Workspace]:
+    """The run's folder, made if it is new and owned by this process, the run's `attempt`, until the block ends.
 
     Raises:
         RunInUse: another process works on this run.
@@ -188,7 +188,7 @@ def open_workspace(root: Path, run_id: str) -> Iterator[Workspace]:
     workspace = Workspace(root / run_id)
     with ExitStack() as stack:
         with _room_for(workspace.path):
-            stack.enter_context(lease.hold(workspace.lease))
+            stack.enter_context(lease.hold(workspace.lease, attempt))
             workspace.path.chmod(0o700)
         yield workspace
 

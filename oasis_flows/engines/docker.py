@@ -98,7 +98,7 @@ class DockerEngine:
         """Run the job to its end and remove its container; see the seam's promises.
 
         A container of the same `run_id` that an earlier process left is taken up: `log` then gets its output from the
-        beginning, out of the engine's log (the newest GiB of it). One that was made for another description, or that was
+        beginning, out of the engine's log (the newest GiB of it, which is 130 MB where each line has a few bytes). One that was made for another description, or that was
         killed while nobody watched, is removed and made anew.
 
         Raises:
@@ -114,7 +114,7 @@ class DockerEngine:
                 found = docker_run.find_container(api, job, info) or docker_run.create_container(api, job, info)
                 if isinstance(found, ContainerExit):
                     return found
-                return docker_run.Supervision(api, job, found, log, self._patience).run()
+                return docker_run.Supervision(api, job, found, log, self._patience, info).run()
             finally:
                 docker_run.remove_run(api, job)
 

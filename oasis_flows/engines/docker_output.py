@@ -33,7 +33,11 @@ class Demultiplexer:
         self._left = 0
 
     def feed(self, data: bytes) -> Iterator[tuple[Stream, bytes]]:
-        """The payloads in the bytes so far, neighbours of one stream joined; a frame need not be complete."""
+        """The payloads in the bytes so far, neighbours of one stream joined; a frame need not be complete.
+
+        Raises:
+            ContainerLost: the engine sent an error of its own.
+        """
         self._buffer += data
         ready: list[bytes] = []
         at = 0
@@ -43,6 +47,12 @@ class Demultiplexer:
                     break
                 number, self._left = _HEADER.unpack_from(self._buffer, at)
                 at += _HEADER.size
+                if number not in _STREAMS:
+                    # 3 is the engine's own error in the middle of a log, such as that of a damaged file.
+                    words = bytes(self._buffer[at : at + self._left]).decode(errors="replace")
+                    raise ContainerLost(
+                        f"The engine cannot read the log of a container. Run it again. The engine said: {words}"
+                    )
                 if ready and _STREAMS[number] != self._stream:
                     yield self._stream, b"".join(ready)
                     ready = []

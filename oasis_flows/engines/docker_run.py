@@ -74,7 +74,7 @@ def shielded(action: Callable[[], T]) -> T:
 def find_container(api: Any, job: ContainerJob, info: Mapping[str, Any]) -> Container | None:
     """The container that an earlier call for this run left behind and that can still tell its end; others are removed.
 
-    What died by a signal while nobody watched (the engine was stopped, the machine went down) is not an answer.
+    What was ended by the engine's own end, or the machine's, is no answer, whatever its exit code.
     """
     found: Container | None = None
     for row in list_containers(api, job.run_id):
@@ -83,11 +83,32 @@ def find_container(api: Any, job: ContainerJob, info: Mapping[str, Any]) -> Cont
             state = seen["State"]
             same = seen["Config"]["Labels"].get(spec.JOB) == spec.job_digest(job)
             told = state["Status"] == "exited" and (state.get("OOMKilled") or state["ExitCode"] not in (137, 143, 255))
+            told = told and saw_the_end(api, row["Id"], state, info)
             if found is None and same and (told or state["Status"] == "running"):
                 found = Container(row["Id"], state, spec.in_force(seen, info))
                 continue
         remove_container(api, row["Id"])
     return found
+
+
+def saw_the_end(api: Any, container: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> bool:
+    """Was the engine there, and not on its way out, when the container ended? One that was not has no event of it.
+
+    A program may end with 0 on the SIGTERM that the engine sends to all containers when it is stopped, half-way through its work.
+    An engine remembers some 256 events of all containers, so this is asked at once. Podman's containers outlive its service.
+    """
+    if spec.is_podman(info):
+        return True
+    finished = parse_time(state.get("FinishedAt", ""))
+    wanted = {"container": [container], "event": ["die"]}
+    # Until a little later than that, by the engine's clock: an event that is there already comes at once.
+    until = int(finished.timestamp()) + 4 if finished else 2
+    with translated("asking for the events of a container"):
+        events = api.events(since=1, until=until, filters=wanted, decode=True)
+        try:
+            return next(iter(events), None) is not None
+        finally:
+            events.close()
 
 
 def create_container(api: Any, job: ContainerJob, info: Mapping[str, Any]) -> Container | ContainerExit:
@@ -164,8 +185,16 @@ def not_started(job: ContainerJob, meaning: Exception | Reason, words: str, forc
 class Supervision:
     """Watches one container: feeds the log, renews the lease, keeps the time, and says how it ended."""
 
-    def __init__(self, api: Any, job: ContainerJob, container: Container, log: LogSink, patience_seconds: float) -> None:
-        self._api, self._job, self._container = api, job, container
+    def __init__(
+        self,
+        api: Any,
+        job: ContainerJob,
+        container: Container,
+        log: LogSink,
+        patience_seconds: float,
+        info: Mapping[str, Any],
+    ) -> None:
+        self._api, self._job, self._container, self._info = api, job, container, info
         self._delivery = Delivery(log, job.resources.log_bytes)
         self._patience = patience_seconds
         self._stopped_at_timeout = False
@@ -248,7 +277,8 @@ class Supervision:
             raise pump.failure
         state = self._with_late_news(pump.state, usage)
         died = state["ExitCode"] in (137, 143, 255) and not state.get("OOMKilled")
-        if not self._stopped_at_timeout and self._passed is None and ((pump.outages and died) or not self._engine_listens()):
+        ours = self._stopped_at_timeout or self._passed is not None
+        if not ours and ((pump.outages and died) or not self._engine_listens() or not self._saw_the_end(state)):
             raise ContainerLost(
                 f"The engine went away while {spec.container_name(self._job)} ran, and stopped it (exit code "
                 f"{state['ExitCode']}). Run it again. {state.get('Error', '')}".strip()
@@ -291,6 +321,12 @@ class Supervision:
         except EngineError:
             return False
         return True
+
+    def _saw_the_end(self, state: Mapping[str, Any]) -> bool:
+        try:
+            return saw_the_end(self._api, self._container.id, state, self._info)
+        except EngineError:
+            return False
 
     def _kill(self, signal_name: str) -> None:
         """Send a signal; one that is already gone, or an engine that is away, is for the pump to tell."""

@@ -14,8 +14,24 @@ FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
 NOT_BEGUN = frozenset({"SCHEDULED"})
 # What may end a run's process behind its dataset's commit, so that nobody is left to say Completed.
 ENDS_A_PROCESS = frozenset({"kill the flow", "terminate the flow", "cancel the run", "kill the worker", "terminate the worker"})
-# Every run is described as it should be, and the engine can do all of it.
-UNDESERVED = frozenset({"invalid_description", "image_not_found", "image_invalid", "image_denied", "unsupported", "no_gpu"})
+# Every run is described as it should be, the engine can do all of it, the data are there, and nothing of ours breaks.
+UNDESERVED = frozenset(
+    [
+        "invalid_description",
+        "image_not_found",
+        "image_invalid",
+        "image_denied",
+        "unsupported",
+        "no_gpu",
+        "invalid_dataset",
+        "dataset_not_found",
+        "unsafe_name",
+        "run_in_use",
+        "out_of_memory",
+        "disk_full",
+        "internal",
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +64,11 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Claims:
-    """What is said about a run: its state, its place, its Dataset document, and what its caller was told."""
+    """What is said about a run: its state, the code in its tags, its place, its document, and what its caller was told."""
 
     state: str
     message: str = ""
+    code: str | None = None
     place: Place = field(default_factory=Place)
     document: Mapping[str, Any] | None = None
     told: Mapping[str, Any] | None = None
@@ -76,7 +93,7 @@ def examine(truth: Truth, claims: Claims) -> Iterator[str]:
         yield from _log(truth.output, place.log, whole=whole)
     verdict = _verdict(place)
     told = claims.told or {}
-    for said in (verdict, told.get("code")):
+    for said in {verdict, told.get("code"), claims.code}:
         if said == "exit_nonzero" and succeeds:
             yield "its algorithm is blamed for what was done to it"
         if said in UNDESERVED:
@@ -104,6 +121,8 @@ def _state(truth: Truth, claims: Claims) -> Iterator[str]:
         yield f"it is Crashed and nobody ended its process: {claims.message}"
     # Where the answer to the word Failed was lost, Prefect asks what the state is, and raises an exception of its own with it.
     lost = {"raised": "FailedRun", "code": None, "message": claims.message}
+    if claims.state == "FAILED" and not claims.code and not any(fault.endswith("the server") for fault in truth.against):
+        yield f"its failure has no code: {claims.message}"
     if claims.state == "FAILED" and claims.told and not claims.told.get("code") and claims.told != lost:
         yield f"its failure is not explained: {dict(claims.told)}"
     wanted = "FAILED" if truth.exit_code else "COMPLETED"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import obstore
 
+from oasis_flows.artifacts import FAILED_TAG
 from tests.servers import prefect
 
 from .algorithms import ALGORITHMS, SOURCES
@@ -53,6 +54,7 @@ class Witness:
         return Claims(
             state=run["state_type"],
             message=(run["state"] or {}).get("message") or "",
+            code=next((tag.removeprefix(FAILED_TAG) for tag in run["tags"] if tag.startswith(FAILED_TAG)), None),
             place=_place(self._objects_below(name) if player.run.store == "objects" else _files_below(Path(url))),
             document=document and document["data"],
             told=player.told(),

@@ -566,10 +566,17 @@ COUNTED_ERRORS = b"".join(b"err %d\n" % i for i in range(60))
 class TestEngineGoesAway:
     def test_a_cut_connection_loses_and_repeats_nothing(self, make_job: Make) -> None:
         way, log = Cuttable(), Log()
-        cutters = [threading.Timer(after, way.cut) for after in (1.0, 1.9, 2.6)]
-        for cutter in cutters:
-            cutter.start()
+
+        def cut() -> None:
+            eventually(lambda: log.pieces, 30)
+            for _ in range(3):
+                time.sleep(0.6)
+                way.cut()
+
+        cutter = threading.Thread(target=cut)
+        cutter.start()
         ended = DockerEngine(way.connect).run(make_job("sh", "-c", COUNT), log)
+        cutter.join()
         assert (ended.reason, ended.exit_code) == (Reason.EXIT_NONZERO, 4)
         assert log.text("stdout") == COUNTED
         assert log.text("stderr") == COUNTED_ERRORS
@@ -586,6 +593,31 @@ class TestEngineGoesAway:
             assert log.text("stdout") == COUNTED
             with contextlib.closing(private.connect()) as client:
                 assert not client.api.containers(all=True)
+
+    @pytest.mark.parametrize("activated", [False, True])
+    @pytest.mark.parametrize("code", [0, 1])
+    def test_an_end_that_the_engines_own_end_brought_is_no_verdict(
+        self, make_job: Make, tmp_path: Path, code: int, activated: bool
+    ) -> None:
+        """Whether somebody watched it or not: a program may end well on the SIGTERM that a stopping engine sends to all."""
+        with private_engine(activated=activated) as private:
+            private.load(docker_archive(tmp_path / "image.tar", TinyImage(tags=("t:1",))))
+            engine = DockerEngine(private.connect, patience_seconds=60)
+            job = make_job("sh", "-c", f"trap 'exit {code}' TERM; while :; do sleep 0.1; done", image="t:1")
+            restart = threading.Timer(1.5, lambda: (private.end(), private.start()))
+            restart.start()
+            with pytest.raises((EngineUnavailable, ContainerLost)):
+                engine.run(job, Log())
+            restart.join()
+
+            with contextlib.closing(private.connect()) as client:
+                body = docker_spec.create_body(job, client.api.info(), client.api.inspect_image("t:1"))
+                made = client.api.create_container_from_config(body, "unattended")
+                client.api.start(made["Id"])
+                time.sleep(1)
+            private.end()
+            private.start()
+            assert not engine.find(job)
 
     def test_engine_stopped(self, make_job: Make, tmp_path: Path) -> None:
         with private_engine() as private:

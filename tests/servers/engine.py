@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -68,9 +69,14 @@ class PrivateEngine:
     It sees a machine of cgroup v1 on which the controllers `without` are not mounted.
     """
 
-    def __init__(self, folder: Path, *options: str, without: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, *options: str, without: tuple[str, ...] = (), activated: bool = False) -> None:
         self.folder, self.options, self.without = folder, options, without
         self.host = f"unix://{folder}/docker.sock"
+        self.socket: socket.socket | None = None
+        if activated:
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.bind(f"{folder}/docker.sock")
+            self.socket.listen(64)
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, again: bool = True) -> None:
@@ -80,7 +86,14 @@ class PrivateEngine:
         number = self.folder / "run/containerd/containerd.pid"
         if number.exists() and not alive(int(number.read_text())):
             number.unlink()
-        where = ["--host", self.host, "--pidfile", f"{self.folder}/docker.pid", "--data-root", f"{self.folder}/data"]
+        where = [
+            "--host",
+            "fd://" if self.socket else self.host,
+            "--pidfile",
+            f"{self.folder}/docker.pid",
+            "--data-root",
+            f"{self.folder}/data",
+        ]
         alone = ["--exec-root", f"{self.folder}/run", "--bridge", "none", "--iptables=false", "--ip6tables=false"]
         with (self.folder / "log").open("ab") as log:
             # A dockerd without a bridge removes docker0 from its network namespace: it must not be the machine's. What is
@@ -88,11 +101,17 @@ class PrivateEngine:
             # unmount it everywhere, for the folder is the machine's.
             unmounted = [f"/sys/fs/cgroup/{name}" for name in self.without]
             apart = ["unshare", "--net", "--mount", "sh", "-c", f'umount {" ".join(unmounted)} && exec "$@"', "sh"]
+            command = [*(apart if unmounted else apart[:2]), "dockerd", *where, *alone, *self.options]
+            if self.socket:
+                # https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html
+                handed = f"exec 3<&{self.socket.fileno()}; export LISTEN_FDS=1 LISTEN_PID=$$"
+                command = ["bash", "-c", f'{handed}; exec "$@"', "bash", *command]
             self.process = subprocess.Popen(
-                [*(apart if unmounted else apart[:2]), "dockerd", *where, *alone, *self.options],
+                command,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                pass_fds=[self.socket.fileno()] if self.socket else [],
             )
         for _ in range(600):
             with contextlib.suppress(docker.errors.DockerException), contextlib.closing(self.connect()):
@@ -121,10 +140,13 @@ class PrivateEngine:
 
 
 @contextlib.contextmanager
-def private_engine(*options: str, without: tuple[str, ...] = ()) -> Iterator[PrivateEngine]:
-    """A private engine for the time of the block. A test may have stopped or killed it; nothing of it stays."""
+def private_engine(*options: str, without: tuple[str, ...] = (), activated: bool = False) -> Iterator[PrivateEngine]:
+    """A private engine for the time of the block. A test may have stopped or killed it; nothing of it stays.
+
+    One that is `activated` got its socket from somebody else, as from systemd, who goes on to listen when it has ended.
+    """
     folder = Path(tempfile.mkdtemp(prefix="oasis-dockerd-"))  # a socket's path holds 107 bytes, pytest's folders may not fit
-    engine = PrivateEngine(folder, *options, without=without)
+    engine = PrivateEngine(folder, *options, without=without, activated=activated)
     try:
         engine.start()
         yield engine

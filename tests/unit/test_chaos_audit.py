@@ -17,6 +17,7 @@ PLACE = Place(data=DIGESTS, manifest=DIGESTS, manifest_digest="d", record={"verd
 COMPLETED = Claims(state="COMPLETED", place=PLACE, document={"manifest_digest": "d"}, told={"url": "x"})
 FAILED = Claims(
     state="FAILED",
+    code="exit_nonzero",
     place=Place(data=DIGESTS, record={"verdict": {"code": "exit_nonzero"}}, log=LOG),
     told={"raised": "AlgorithmFailed", "code": "exit_nonzero"},
 )
@@ -69,6 +70,8 @@ def test_what_is_true_is_no_finding(truth, claims):
         (TRUTH, replace(COMPLETED, told={"raised": "X"}), "its caller was told"),
         (TRUTH, replace(FAILED, place=Place(record={"verdict": {"code": "killed"}}), told=None), "nobody did"),
         (replace(TRUTH, against=frozenset()), Claims(state="FAILED"), "nothing was done to it"),
+        (TRUTH, Claims(state="FAILED", code="internal"), "is blamed (internal)"),
+        (TRUTH, Claims(state="FAILED", message="KeyError: 3"), "has no code: KeyError: 3"),
         (
             TRUTH,
             Claims(state="FAILED", told={"raised": "X", "code": "image_invalid"}),
