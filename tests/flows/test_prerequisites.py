@@ -77,10 +77,10 @@ def made(prefect_server):
 
     def make(*callbacks, name="", **fields):
         document = f"{name or 'p'}-{uuid.uuid4().hex[:8]}"
-        params = {"callbacks": [{"event": event, "commands": list(commands)} for event, *commands in callbacks]}
-        Prerequisite(name=name or document, plugin_params=params if callbacks else fields.pop("params", {}), **fields).save(
-            document
-        )
+        params = fields.pop("params", None) or {
+            "callbacks": [{"event": event, "commands": list(commands)} for event, *commands in callbacks]
+        }
+        Prerequisite(name=name or document, plugin_params=params, **fields).save(document)
         return document
 
     return make
@@ -407,3 +407,54 @@ def test_a_storage_that_is_not_mapped_or_not_there_is_refused(ran, made, image, 
     assert "Add a row to the setting OASIS_FLOWS_STORAGES" in str(unmapped.result)
     assert f"The engine has no volume '{volume}'" in missing.message
     assert volume not in json.dumps(docker_api.volumes())
+
+
+# What is kept
+
+
+def test_what_is_kept_is_prepared_once_by_two_runs_at_once_and_then_mounted(ran, made, image, here):
+    tool = made(("taskStarts", "echo tool > /tmp/tool"))
+    name = made(
+        params={
+            "cache": True,
+            "path": "/dataset/{{ v }}",
+            "callbacks": [
+                {
+                    "event": "taskStarts",
+                    "commands": ["sleep 2", "cat /tmp/tool /proc/sys/kernel/random/uuid > /dataset/{{ v }}/made"],
+                }
+            ],
+        },
+        template_variables=["v"],
+        require=[tool],
+    )
+    script = "cat /dataset/*/made; echo x > /dataset/x/made || echo closed"
+
+    def wish(value):
+        return [{"name": name, "template_variables": {"v": value}}]
+
+    algorithm = Algorithm(docker_image=image, command=["sh", "-c", script], prerequisites=wish("x"))
+    threads = [hold(ran, algorithm) for _ in range(2)]
+    for thread, _ in threads:
+        thread.join()
+    (one,), (two,) = (left for _, left in threads)
+    third = ran(algorithm)
+    other = ran(Algorithm(docker_image=image, command=["sh", "-c", "cat /dataset/y/made"], prerequisites=wish("y")))
+
+    assert [done.record["verdict"]["code"] for done in (one, two, third, other)] == ["ok"] * 4
+    assert one.said[0] == two.said[0] == third.said[0] == other.said[0] == "tool"
+    assert len({done.said[1] for done in (one, two, third)}) == 1
+    assert other.said[1] != third.said[1]
+    assert "closed" in third.said
+    assert len([path for path in (here / "caches").iterdir() if path.is_dir()]) == 2
+
+
+def test_what_could_not_be_prepared_fails_the_run_and_is_not_kept(ran, made, image, here):
+    callbacks = [{"event": "taskStarts", "commands": ["echo half > /dataset/half", "exit 5"]}]
+    name = made(params={"cache": True, "path": "/dataset", "callbacks": callbacks}, name="fetch")
+    done = ran(Algorithm(docker_image=image, command=[*SAY, "0"], prerequisites=[name]))
+
+    assert done.message == (
+        "The algorithm algorithm did not start, because its prerequisite fetch failed: `exit 5` (taskStarts) ended with exit code 5."
+    )
+    assert [path for path in (here / "caches").iterdir() if path.is_dir()] == []
