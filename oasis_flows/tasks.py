@@ -128,17 +128,17 @@ def run_container(
             notes=notes.to_json(),
             disk_free_bytes=workspace.disk_free_bytes(),
         )
-    exit = ContainerExit.from_json(done["exit"])
+    exit, notes = ContainerExit.from_json(done["exit"]), Notes.from_json(done.get("notes"))
     case = Case(
         algorithm=plan.algorithm_name,
         exit=exit,
-        last_lines=log.last_lines(workspace.log, 30),
+        last_lines=notes.without_marks(log.last_lines(workspace.log, 30)),
         network=plan.algorithm.network,
         gpu=plan.algorithm.gpu,
         writable_root=plan.algorithm.writable_root,
         disk_free_bytes=done["disk_free_bytes"],
         action=_action(first_try(workspace), exit),
-        prerequisite=Notes.from_json(done.get("notes")).failed,
+        prerequisite=notes.failed,
     )
     return exit, judge(case)
 

@@ -163,6 +163,7 @@ def test_a_failed_end_never_hides_the_algorithms_own_exit_code(ran, made, image)
     assert done.record["exit"]["exit_code"] == 42
     assert done.record["verdict"]["code"] == "exit_nonzero"
     assert "ended with exit code 42" in done.message
+    assert "oasis-flows" not in done.message
 
 
 def test_export_and_cd_leak_only_where_that_is_asked_for(ran, made, image):
