@@ -26,6 +26,11 @@ class Found:
     source: str
     sha256: str
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """The same bytes under the same name are the same item, wherever they lie."""
+        return self.item.name, self.sha256
+
 
 Find = Callable[[str], Found]
 
@@ -92,17 +97,17 @@ def resolve(algorithm: str, required: Sequence[Requirement], find: Find, *, work
             algorithm (`network`) does not have. The message has the chain from the algorithm to the culprit.
         MarketplaceUnavailable: where an item should be did not answer.
     """
-    steps: dict[tuple[str, tuple[tuple[str, str], ...]], Step] = {}
+    steps: dict[tuple[object, ...], Step] = {}
 
-    def add(requirement: Requirement, chain: tuple[str, ...], open_sources: tuple[str, ...]) -> None:
+    def add(requirement: Requirement, chain: tuple[str, ...], under: tuple[tuple[str, str], ...]) -> None:
         asked = (*chain, requirement.uri)
         try:
             found = find(requirement.uri)
         except (InvalidPrerequisite, MarketplaceUnavailable) as error:
             raise type(error)(_at(asked, str(error))) from error
         here = (*chain, found.item.name)
-        if found.source in open_sources:
-            circle = (*here[open_sources.index(found.source) + 1 :],)
+        if found.identity in under:
+            circle = (*here[under.index(found.identity) + 1 :],)
             raise InvalidPrerequisite(
                 _at(here, f"they require one another in a circle, {' → '.join(circle)}. Remove one of the requirements")
             )
@@ -113,11 +118,11 @@ def resolve(algorithm: str, required: Sequence[Requirement], find: Find, *, work
             _check_network(found.item, network=network)
         except InvalidPrerequisite as error:
             raise InvalidPrerequisite(_at(here, str(error))) from None
-        key = (found.source, tuple(sorted((name, as_text(value)) for name, value in requirement.variables)))
+        key = (found.identity, tuple(sorted((name, as_text(value)) for name, value in requirement.variables)))
         if key in steps:
             return
         for each in found.item.requires:
-            add(each, here, (*open_sources, found.source))
+            add(each, here, (*under, found.identity))
         steps[key] = _step(found, requirement, here)
 
     for requirement in required:

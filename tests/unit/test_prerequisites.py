@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from oasis_flows.template import in_command, in_text
 SEED = Path(__file__).parents[1] / "openpai" / "marketplace"
 
 
+@cache
 def marketplace() -> dict[str, item.Item]:
     """The items of the seed's marketplace, as they are written there."""
     return {path.stem: item.parse(item.read(path.read_text())) for path in sorted(SEED.glob("*.yaml"))}
@@ -106,6 +108,7 @@ def forests(draw: st.DrawFn) -> dict[str, object]:
     return items
 
 
+@settings(deadline=None)
 @given(forests(), st.data())
 def test_what_is_required_comes_before_and_each_comes_once(items, data):
     asked = data.draw(st.lists(st.tuples(st.sampled_from(sorted(items)), st.integers(1, 2)), min_size=1, max_size=4))
