@@ -274,7 +274,7 @@ STUBBORN = "trap 'echo caught; exit 5' TERM; touch output/ready; while :; do sle
 
 def test_a_time_limit_ends_the_algorithm_and_runs_what_comes_after_a_failure(ran, made, image):
     name = made(("taskSucceeds", "echo wrong"), ("taskFails", "echo failed"), ("taskEnds", "echo ended"))
-    done = ran(Algorithm(docker_image=image, command=["sh", "-c", STUBBORN], timeout_seconds=2, prerequisites=[name]))
+    done = ran(Algorithm(docker_image=image, command=["sh", "-c", STUBBORN], timeout_seconds=5, prerequisites=[name]))
 
     assert done.said == ["caught", "failed", "ended"]
     assert done.record["exit"]["reason"] == "timed_out"
@@ -288,13 +288,13 @@ def test_a_time_limit_while_a_start_callback_runs_ends_it(ran, made, image):
 
     assert done.record["exit"]["reason"] == "timed_out"
     assert "ended" in done.said
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 50
 
 
 def test_the_algorithm_may_end_well_when_it_is_told_to(ran, made, image):
     name = made(("taskSucceeds", "echo well"))
     script = STUBBORN.replace("exit 5", "exit 0")
-    done = ran(Algorithm(docker_image=image, command=["sh", "-c", script], timeout_seconds=2, prerequisites=[name]))
+    done = ran(Algorithm(docker_image=image, command=["sh", "-c", script], timeout_seconds=5, prerequisites=[name]))
 
     assert done.said == ["caught", "well"]
     assert done.record["exit"]["reason"] == "timed_out"
@@ -326,7 +326,7 @@ def test_a_failed_container_is_held_and_can_be_looked_into(ran, made, image, doc
     )
     wish = [{"name": hook, "template_variables": {"minutes": 0.1}}]
     script = "echo half > /tmp/half; exit 3"
-    thread, left = hold(ran, Algorithm(docker_image=image, command=["sh", "-c", script], timeout_seconds=2, prerequisites=wish))
+    thread, left = hold(ran, Algorithm(docker_image=image, command=["sh", "-c", script], timeout_seconds=5, prerequisites=wish))
     eventually(lambda: running(docker_api, image), 60)
     (container,) = running(docker_api, image)
     eventually(lambda: "sleep 0.1m" in inside(docker_api, container, "ps"), 30)
@@ -337,7 +337,7 @@ def test_a_failed_container_is_held_and_can_be_looked_into(ran, made, image, doc
     assert (done.record["exit"]["reason"], done.record["exit"]["exit_code"]) == ("exit_nonzero", 3)
     assert f"To look inside: docker exec -it {container[:12]} sh" in done.log
     (held,) = done.record["prerequisites"]["callbacks"]
-    assert 5.5 <= held["seconds"] <= 9
+    assert 5.5 <= held["seconds"] <= 30
     assert held["exit_code"] == 0
 
 
@@ -347,11 +347,11 @@ def test_a_hold_is_bounded_by_the_machine(ran, made, image, monkeypatch):
     began = time.monotonic()
     done = ran(Algorithm(docker_image=image, command=["sh", "-c", "exit 3"], timeout_seconds=60, prerequisites=[hook]))
 
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
     assert "ended" in done.said
     assert (done.record["exit"]["reason"], done.record["exit"]["exit_code"]) == ("exit_nonzero", 3)
     held = done.record["prerequisites"]["callbacks"][0]
-    assert 1.5 <= held["seconds"] <= 5
+    assert 1.5 <= held["seconds"] <= 30
     assert held["exit_code"] == 143
 
 
