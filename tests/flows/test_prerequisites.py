@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from prefect.blocks.system import Secret
 
+from oasis_flows import catalogue, openpai
 from oasis_flows.blocks import Algorithm, Dataset, DockerImage, Prerequisite
 from oasis_flows.errors import AlgorithmFailed, DescriptionError, InvalidPrerequisite
 from oasis_flows.flows.algorithm_task import algorithm_task
@@ -459,3 +460,44 @@ def test_what_could_not_be_prepared_fails_the_run_and_is_not_kept(ran, made, ima
         "The algorithm algorithm did not start, because its prerequisite fetch failed: `exit 5` (taskStarts) ended with exit code 5."
     )
     assert [path for path in (here / "caches").iterdir() if path.is_dir()] == []
+
+
+# From OpenPAI
+
+
+def test_a_job_of_openpai_runs_once_it_is_imported(ran, image, tmp_path, monkeypatch):
+    (tmp_path / "market").mkdir()
+    specification = (
+        "- name: dataset\n  plugin: cmd\n  template_variables:\n    - name: dataPath\n  plugin_params:\n    callbacks:\n"
+        "      - event: taskStarts\n        commands:\n          - mkdir -p {{ dataPath }}\n          - echo data > {{ dataPath }}/file\n"
+    )
+    (tmp_path / "market" / "dataset.yaml").write_text(specification)
+    monkeypatch.setenv("OASIS_FLOWS_MARKETPLACES", str(tmp_path / "market"))
+    alias = {
+        "name": "dataset",
+        "require": [{"name": "marketplace://name/dataset", "template_variables": {"dataPath": "/tmp/d"}}],
+    }
+    job = {
+        "name": f"job_{uuid.uuid4().hex[:8]}",
+        "parameters": {"word": "hello"},
+        "prerequisites": [{"name": "image", "type": "dockerimage", "uri": image.image_id}],
+        "taskRoles": {
+            "taskrole": {
+                "instances": 1,
+                "prerequisites": ["dataset"],
+                "dockerImage": "image",
+                "resourcePerInstance": {"cpu": 1, "memoryMB": 64, "gpu": 0},
+                "commands": ["export WORD=<% $parameters.word %>", "cat /tmp/d/file; echo $WORD"],
+            }
+        },
+        "extras": {"reference_prerequisites": [alias]},
+    }
+    made = openpai.documents_of(job, "job")
+    (name,) = [key.partition("/")[2] for key in made.documents if key.startswith("algorithm/")]
+    list(catalogue.write(made.documents, tmp_path / "blocks"))
+    list(catalogue.apply(catalogue.read(tmp_path / "blocks")))
+    done = ran(name)
+
+    assert done.said == ["data", "hello"]
+    assert done.record["prerequisites"]["items"][0]["source"] == f"{tmp_path}/market/dataset.yaml"
+    assert len(done.record["prerequisites"]["items"][0]["sha256"]) == 64
