@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,6 +50,10 @@ class Notes:
             else cls(tuple(Ran(**each) for each in values["ran"]), values["algorithm"], values["refused"])
         )
 
+    def without_marks(self, lines: Iterable[str]) -> list[str]:
+        """The lines that no wrapper said, where there was one."""
+        return [line for line in lines if not self.ran or not line.startswith(wrapper.MARK)]
+
     @property
     def failed(self) -> FailedPrerequisite | None:
         """What kept the algorithm from starting; or else the first end callback that did not succeed."""
@@ -88,8 +93,9 @@ def corrected(exit: ContainerExit, notes: Notes) -> ContainerExit:
     """How the container ended, told apart from how its wrapper did.
 
     What the engine did to the container (memory, limits, time) stands. An algorithm's own failure comes before that of a
-    callback.
+    callback. What the wrapper itself said is no word of anybody's.
     """
+    exit = replace(exit, last_words=tuple(notes.without_marks(exit.last_words)))
     if exit.reason not in (Reason.OK, Reason.EXIT_NONZERO, Reason.KILLED):
         return exit
     failed = notes.failed

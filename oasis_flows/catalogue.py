@@ -220,7 +220,7 @@ def _check_prerequisites(document: Document, documents: Mapping[str, Document]) 
         key = f"prerequisite/{document_name(address)}"
         if key not in documents:
             raise InvalidPrerequisite(f"there is no {key}.yaml in the catalogue. Add the file, or correct the name")
-        return Found(parse(documents[key].fields, documents[key].name), key, "")
+        return Found(parse(documents[key].fields, documents[key].name), key, key)
 
     if document.slug != "algorithm":
         return

@@ -74,7 +74,8 @@ class Item:
     """A prerequisite. Its callbacks, and the storages of the plugin pvc_storage, hold templates.
 
     `ignores_failure`: a failed callback is logged, and the run goes on. `shares_environment`: what its start callbacks export,
-    and where they `cd` to, holds for what comes after. `network`: it cannot do without.
+    and where they `cd` to, holds for what comes after. `network`: it cannot do without. `cache_path`: what its start callbacks leave
+    there is kept for the next run; a template, empty where nothing is kept.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Item:
     ignores_failure: bool = False
     shares_environment: bool = False
     network: bool = False
+    cache_path: str = ""
 
 
 def read(text: str) -> dict[str, Any]:
@@ -174,10 +176,11 @@ def parse(fields: Mapping[str, Any], name: str = "") -> Item:
     callbacks: tuple[Callback, ...] = ()
     storages: tuple[Storage, ...] = ()
     if plugin == "cmd":
-        _only(params, "callbacks")
+        _only(params, "callbacks", "cache", "path")
         callbacks = tuple(_callbacks(params.get("callbacks", [])))
     else:
         storages = (_storage(params, templated=True),)
+    shares = _flag(given.get("share_environment", False), "share_environment")
     return Item(
         name=_text(given.get("name", name), "name"),
         callbacks=callbacks,
@@ -185,8 +188,9 @@ def parse(fields: Mapping[str, Any], name: str = "") -> Item:
         requires=requirements(given.get("require", []), "require"),
         variables=variables,
         ignores_failure=_one_of(given.get("failurePolicy", "fail"), "failurePolicy", ("fail", "ignore")) == "ignore",
-        shares_environment=_flag(given.get("share_environment", False), "share_environment"),
+        shares_environment=shares,
         network=_flag(given.get("network", False), "network"),
+        cache_path=_cache_path(params, callbacks, shares=shares) if plugin == "cmd" else "",
     )
 
 
@@ -253,6 +257,22 @@ def _callbacks(written: object) -> Iterator[Callback]:
             )
         if commands:
             yield Callback(_ALIASES.get(event, event), tuple(commands))
+
+
+def _cache_path(params: Mapping[str, Any], callbacks: Sequence[Callback], *, shares: bool) -> str:
+    if not _flag(params.get("cache", False), "cache"):
+        if "path" in params:
+            raise InvalidPrerequisite("path says what is kept, and nothing is. Write cache: true beside it, or leave it out")
+        return ""
+    if "path" not in params or not any(callback.event == "taskStarts" for callback in callbacks):
+        raise InvalidPrerequisite(
+            "cache: true keeps what taskStarts leaves at a path. Write both: path: /dataset, and a callback"
+        )
+    if shares:
+        raise InvalidPrerequisite(
+            "what is cached is not run again, so share_environment has nothing to share. Leave one of them out"
+        )
+    return _text(params["path"], "path")
 
 
 def _storage(written: object, *, templated: bool = False) -> Storage:

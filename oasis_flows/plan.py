@@ -23,7 +23,7 @@ from .item import requirements
 from .job import ContainerJob, ImageSource, Mount, RegistryLogin, Resources, Sandbox, StorageMount, Wrapper, parse_bytes
 from .machine import open_engine
 from .marketplace import finder
-from .prerequisites import Resolution, resolve
+from .prerequisites import Resolution, Step, resolve
 from .settings import Settings
 from .sharding import Shard
 from .store import Location
@@ -205,10 +205,8 @@ def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder:
     algorithm = plan.algorithm
     folder = algorithm.working_dir
     gpus = algorithm.gpu_count if algorithm.gpu else 0
-    wrapped = _wrapped(plan.prerequisites, settings)
-    notes = (Mount(source=workspace.notes, target=wrapper.FOLDER, read_only=False),) if wrapped else ()
     shard = plan.part.shard if plan.part else None
-    return ContainerJob(
+    job = ContainerJob(
         run_id=plan.run_id,
         attempt=plan.attempt,
         lease=workspace.lease,
@@ -228,12 +226,8 @@ def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder:
         mounts=(
             Mount(source=input_folder, target=f"{folder}/input", read_only=True),
             Mount(source=workspace.output, target=f"{folder}/output", read_only=False),
-            *notes,
         ),
         storages=plan.storages,
-        wrapper=Wrapper(argv=wrapped, ended=workspace.notes / wrapper.ALGORITHM, linger_seconds=settings.hold_seconds)
-        if wrapped
-        else None,
         working_dir=folder,
         user=algorithm.user or f"{os.getuid()}:{os.getgid()}",
         resources=Resources(
@@ -255,6 +249,32 @@ def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder:
         ),
         timeout_seconds=algorithm.timeout_seconds,
         stop_grace_seconds=settings.stop_grace_seconds,
+    )
+    return _with_wrapper(job, plan.prerequisites.around_algorithm(), workspace, settings)
+
+
+def preparing_job(
+    plan: Plan, job: ContainerJob, step: Step, *, folder: Path, workspace: Workspace, settings: Settings
+) -> ContainerJob:
+    """The container that prepares in `folder` what a step keeps, with all that comes before it, in place of the algorithm's."""
+    mounts = [mount for mount in job.mounts if mount.target != wrapper.FOLDER]
+    bare = replace(
+        job,
+        entrypoint=(wrapper.SHELL,),
+        command=("-c", ":"),
+        mounts=(*mounts, Mount(source=folder, target=step.cache_path, read_only=False)),
+    )
+    return _with_wrapper(bare, plan.prerequisites.to_prepare(step), workspace, settings)
+
+
+def _with_wrapper(job: ContainerJob, prerequisites: Resolution, workspace: Workspace, settings: Settings) -> ContainerJob:
+    argv = _wrapped(prerequisites, settings)
+    if not argv:
+        return job
+    return replace(
+        job,
+        mounts=(*job.mounts, Mount(source=workspace.notes, target=wrapper.FOLDER, read_only=False)),
+        wrapper=Wrapper(argv=argv, ended=workspace.notes / wrapper.ALGORITHM, linger_seconds=settings.hold_seconds),
     )
 
 

@@ -26,6 +26,11 @@ class Found:
     source: str
     sha256: str
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """The same bytes under the same name are the same item, wherever they lie."""
+        return self.item.name, self.sha256
+
 
 Find = Callable[[str], Found]
 
@@ -43,6 +48,11 @@ class Step:
     callbacks: tuple[Callback, ...]
     storages: tuple[Storage, ...]
     secrets: tuple[str, ...]
+    cache_path: str = ""
+
+    def with_callbacks(self, wanted: Callable[[Callback], bool]) -> Step:
+        """The step with these of its callbacks only."""
+        return replace(self, callbacks=tuple(callback for callback in self.callbacks if wanted(callback)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,21 @@ class Resolution:
     def callbacks(self) -> tuple[tuple[Step, Callback], ...]:
         """Every callback with its step, in the order of the steps."""
         return tuple((step, callback) for step in self.steps for callback in step.callbacks)
+
+    @property
+    def cached(self) -> tuple[Step, ...]:
+        """The steps whose result is kept."""
+        return tuple(step for step in self.steps if step.cache_path)
+
+    def around_algorithm(self) -> Resolution:
+        """What is left to do beside an algorithm, once what is kept has been mounted."""
+        return replace(self, steps=tuple(_once_cached(step) for step in self.steps))
+
+    def to_prepare(self, step: Step) -> Resolution:
+        """What has to be done for the result of a step that is kept: the start callbacks up to its own."""
+        before = self.steps[: self.steps.index(step)]
+        own = [_once_cached(each) for each in before] + [step]
+        return replace(self, steps=tuple(each.with_callbacks(lambda c: c.event == "taskStarts") for each in own))
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -72,17 +97,17 @@ def resolve(algorithm: str, required: Sequence[Requirement], find: Find, *, work
             algorithm (`network`) does not have. The message has the chain from the algorithm to the culprit.
         MarketplaceUnavailable: where an item should be did not answer.
     """
-    steps: dict[tuple[str, tuple[tuple[str, str], ...]], Step] = {}
+    steps: dict[tuple[object, ...], Step] = {}
 
-    def add(requirement: Requirement, chain: tuple[str, ...], open_sources: tuple[str, ...]) -> None:
+    def add(requirement: Requirement, chain: tuple[str, ...], under: tuple[tuple[str, str], ...]) -> None:
         asked = (*chain, requirement.uri)
         try:
             found = find(requirement.uri)
         except (InvalidPrerequisite, MarketplaceUnavailable) as error:
             raise type(error)(_at(asked, str(error))) from error
         here = (*chain, found.item.name)
-        if found.source in open_sources:
-            circle = (*here[open_sources.index(found.source) + 1 :],)
+        if found.identity in under:
+            circle = (*here[under.index(found.identity) + 1 :],)
             raise InvalidPrerequisite(
                 _at(here, f"they require one another in a circle, {' → '.join(circle)}. Remove one of the requirements")
             )
@@ -93,23 +118,35 @@ def resolve(algorithm: str, required: Sequence[Requirement], find: Find, *, work
             _check_network(found.item, network=network)
         except InvalidPrerequisite as error:
             raise InvalidPrerequisite(_at(here, str(error))) from None
-        key = (found.source, tuple(sorted((name, as_text(value)) for name, value in requirement.variables)))
+        key = (found.identity, tuple(sorted((name, as_text(value)) for name, value in requirement.variables)))
         if key in steps:
             return
         for each in found.item.requires:
-            add(each, here, (*open_sources, found.source))
+            add(each, here, (*under, found.identity))
         steps[key] = _step(found, requirement, here)
 
     for requirement in required:
         add(requirement, (algorithm,), ())
     ordered = tuple(steps.values())
-    return Resolution(ordered, merged((storage for step in ordered for storage in step.storages), working_dir))
+    storages = [storage for step in ordered for storage in step.storages]
+    merged([*storages, *(_cache(step) for step in ordered if step.cache_path)], working_dir)
+    return Resolution(ordered, merged(storages, working_dir))
+
+
+def _cache(step: Step) -> Storage:
+    """What is kept takes its place as a storage does, and shares it with nobody."""
+    return Storage(f"(the cache of {step.item.name} {dict(step.variables)})", step.cache_path, needed_by=" → ".join(step.chain))
+
+
+def _once_cached(step: Step) -> Step:
+    return step.with_callbacks(lambda callback: callback.event != "taskStarts") if step.cache_path else step
 
 
 def _step(found: Found, requirement: Requirement, chain: tuple[str, ...]) -> Step:
     values, item = dict(requirement.variables), found.item
     try:
         callbacks = tuple(Callback(c.event, tuple(in_command(text, values) for text in c.commands)) for c in item.callbacks)
+        cache_path = checked_path(in_text(item.cache_path, values)) if item.cache_path else ""
         storages = tuple(_storage(storage, values, " → ".join(chain)) for storage in item.storages)
     except InvalidPrerequisite as error:
         raise InvalidPrerequisite(_at(chain, str(error))) from None
@@ -123,6 +160,7 @@ def _step(found: Found, requirement: Requirement, chain: tuple[str, ...]) -> Ste
         callbacks=callbacks,
         storages=storages,
         secrets=tuple(sorted(set(_secrets(item)))),
+        cache_path=cache_path,
     )
 
 

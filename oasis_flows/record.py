@@ -92,6 +92,7 @@ def _prerequisites(plan: Plan, notes: Notes) -> dict[str, Any]:
             "required_by": list(step.chain[:-1]),
             "template_variables": dict(step.variables),
             "secrets": list(step.secrets),
+            "cache_path": step.cache_path or None,
         }
         for step in plan.prerequisites.steps
     ]

@@ -55,6 +55,11 @@ class Settings:
         return self.home / "prerequisites"
 
     @property
+    def caches(self) -> Path:
+        """What prerequisites keep for the next run."""
+        return self.home / "caches"
+
+    @property
     def datasets(self) -> Path:
         """The store of those who named none."""
         return self.home / "datasets"

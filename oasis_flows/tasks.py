@@ -24,16 +24,17 @@ from prefect.logging import get_run_logger
 from prefect.logging.loggers import PrefectLogAdapter
 from prefect.tasks import Task, exponential_backoff
 
-from . import callbacks, documents, log, progress, store
+from . import caches, callbacks, documents, log, progress, store
 from .artifacts import TransferBar
 from .blocks import Dataset
 from .callbacks import Notes
 from .engines import Engine
 from .errors import OasisError, ServerUnavailable, UnsafeName
-from .job import ContainerExit, ContainerJob, Reason, counted, human_bytes, parse_bytes
+from .job import ContainerExit, ContainerJob, Mount, Reason, counted, human_bytes, parse_bytes
 from .machine import open_engine
 from .manifest import Summary
-from .plan import Plan, container_job
+from .plan import Plan, container_job, preparing_job
+from .prerequisites import Step
 from .record import task_json, written
 from .settings import Settings
 from .verdict import PUBLISH, Case, Verdict, judge
@@ -125,9 +126,13 @@ def run_container(
     if done is None:
         started, engine = time.monotonic(), open_engine(settings)
         job = container_job(plan, workspace, image=image, input_folder=input_folder, settings=settings)
-        exit = _run_with_enough_memory(plan, workspace, engine, job)
+        prepared = _with_caches(plan, workspace, settings, engine, job)
+        if isinstance(prepared, ContainerJob):
+            exit = _run_with_enough_memory(plan, workspace, engine, prepared)
+            notes = callbacks.read(workspace.notes, plan.prerequisites.around_algorithm())
+        else:
+            exit, notes = prepared
         go_on()
-        notes = callbacks.read(workspace.notes, plan.prerequisites)
         done = _finish(
             workspace,
             MARKER_RUN,
@@ -136,19 +141,44 @@ def run_container(
             notes=notes.to_json(),
             disk_free_bytes=workspace.disk_free_bytes(),
         )
-    exit = ContainerExit.from_json(done["exit"])
+    exit, notes = ContainerExit.from_json(done["exit"]), Notes.from_json(done.get("notes"))
     case = Case(
         algorithm=plan.algorithm_name,
         exit=exit,
-        last_lines=log.last_lines(workspace.log, 30),
+        last_lines=notes.without_marks(log.last_lines(workspace.log, 30)),
         network=plan.algorithm.network,
         gpu=plan.algorithm.gpu,
         writable_root=plan.algorithm.writable_root,
         disk_free_bytes=done["disk_free_bytes"],
         action=_action(first_try(workspace), exit),
-        prerequisite=Notes.from_json(done.get("notes")).failed,
+        prerequisite=notes.failed,
     )
     return exit, judge(case)
+
+
+def _with_caches(
+    plan: Plan, workspace: Workspace, settings: Settings, engine: Engine, job: ContainerJob
+) -> ContainerJob | tuple[ContainerExit, Notes]:
+    """The job with what its prerequisites keep, prepared where nobody has yet; or how the preparation failed."""
+    failed: list[tuple[ContainerExit, Notes]] = []
+
+    def prepare(step: Step, folder: Path) -> bool:
+        get_run_logger().info("The prerequisite %s is prepared, and kept for the next run.", step.item.name)
+        exit = _run(
+            plan, workspace, engine, preparing_job(plan, job, step, folder=folder, workspace=workspace, settings=settings)
+        )
+        notes = callbacks.read(workspace.notes, plan.prerequisites.to_prepare(step))
+        if exit.reason is not Reason.OK:
+            failed.append((exit, notes))
+        return exit.reason is Reason.OK
+
+    for step in plan.prerequisites.cached:
+        wait = partial(get_run_logger().info, "Another run prepares the prerequisite %s; waiting for it.", step.item.name)
+        folder = caches.ensure(settings.caches, caches.key(step, job.image), partial(prepare, step), wait)
+        if folder is None:
+            return failed[0]
+        job = replace(job, mounts=(*job.mounts, Mount(source=folder, target=step.cache_path, read_only=True)))
+    return job
 
 
 def _run_with_enough_memory(plan: Plan, workspace: Workspace, engine: Engine, job: ContainerJob) -> ContainerExit:

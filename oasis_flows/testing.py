@@ -17,7 +17,7 @@ The promises of `oasis_flows.engines` that hold: 1 (a non-zero exit is a result,
 is an exception), 2, 3 (nothing is started, so nothing stays), 5 (the time limit; the function is let go at its next
 call of `log`), 7 (`gpus` says how many it has), 8 (the log's limit when it is passed, those of the output at the end).
 Those of a kernel do not: read-only mounts, environment, limits, and death by memory, unless the function returns a
-`ContainerExit` that says so.
+`ContainerExit` that says so. Commands of prerequisites are not run; to prepare what one keeps, the function is called, too.
 '''
 
 from __future__ import annotations

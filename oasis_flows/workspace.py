@@ -103,7 +103,7 @@ class Workspace:
         target = self.path / "done" / f"{step}.json"
         temporary = target.with_suffix(".new")
         text = json.dumps(found)
-        with _room_for(target):
+        with room_for(target):
             target.parent.mkdir(exist_ok=True)
             with temporary.open("w") as file:
                 file.write(text)
@@ -124,8 +124,8 @@ class Workspace:
         return self._fresh(self.notes)
 
     def _fresh(self, folder: Path) -> Path:
-        _delete(folder)
-        with _room_for(folder):
+        delete(folder)
+        with room_for(folder):
             folder.mkdir()
             folder.chmod(0o777)
         return folder
@@ -145,7 +145,7 @@ class Workspace:
         """
         for child in self.path.iterdir():
             if child != self.lease:
-                _delete(child)
+                delete(child)
         return all(child == self.lease for child in self.path.iterdir())
 
     def remove(self) -> bool:
@@ -187,7 +187,7 @@ def open_workspace(root: Path, run_id: str, attempt: int = 1) -> Iterator[Worksp
     """
     workspace = Workspace(root / run_id)
     with ExitStack() as stack:
-        with _room_for(workspace.path):
+        with room_for(workspace.path):
             stack.enter_context(lease.hold(workspace.lease, attempt))
             workspace.path.chmod(0o700)
         yield workspace
@@ -218,7 +218,7 @@ def _age(path: Path) -> float:
         return float("-inf")
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
     """Delete a file, or a folder as far as it can be."""
     if path.is_dir() and not path.is_symlink():
         with suppress(RecursionError):
@@ -232,7 +232,8 @@ def _delete(path: Path) -> None:
 
 
 @contextmanager
-def _room_for(path: Path) -> Iterator[None]:
+def room_for(path: Path) -> Iterator[None]:
+    """Write to `path` in the block; raises `StoreFull` where that fails."""
     try:
         yield
     except OSError as error:

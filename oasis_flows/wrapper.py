@@ -25,6 +25,8 @@ from .template import secret_variable
 SHELL = "/bin/sh"
 FOLDER = "/run/oasis-flows"
 ALGORITHM, REFUSED = "algorithm", "refused"
+# What the script itself says, on stderr, begins so.
+MARK = "oasis-flows: "
 
 _HEAD = r"""
 _oasis_child= _oasis_signal= _oasis_stop= _oasis_failed= _oasis_late= _oasis_code=

@@ -15,7 +15,7 @@ from prefect.flow_engine import run_flow
 from prefect.states import Scheduled
 
 from oasis_flows.__main__ import main
-from oasis_flows.blocks import Algorithm, Dataset, DockerImage
+from oasis_flows.blocks import Algorithm, Dataset, DockerImage, Prerequisite
 from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.settings import current
 from tests.servers.engine import alive, containers_of, eventually
@@ -38,6 +38,9 @@ def documents(prefect_server, busybox, tmp_path_factory):
     }
     for name, script in scripts.items():
         Algorithm(docker_image=image, command=["sh", "-c", script]).save(name, overwrite=True)
+    debug = {"callbacks": [{"event": "taskFails", "commands": ["sleep 10m"]}]}
+    Prerequisite(plugin_params=debug).save("hold", overwrite=True)
+    Algorithm(docker_image=image, command=["sh", "-c", "exit 3"], prerequisites=["hold"]).save("held", overwrite=True)
 
 
 def scheduled(server, algorithm):
@@ -85,6 +88,19 @@ def test_a_cancelled_run_stops_its_container_within_the_grace_also_a_stubborn_on
         assert run["state_type"] == "CANCELLED"
         eventually(lambda run_id=run_id: not (deployed.home / "workspaces" / run_id).exists(), 20)
         assert_no_dataset(deployed, run_id)
+
+
+def test_cancelling_ends_a_hold_for_debugging_at_once(deployed, worker, docker_api, documents):
+    run_id = scheduled(deployed, "held")
+    wait_for_container(docker_api, run_id)
+    # The algorithm has failed, and its container stays.
+    eventually((deployed.home / "workspaces" / run_id / "notes" / "algorithm").exists, 30)
+    assert containers_of(docker_api, run_id)
+    deployed.run("prefect", "flow-run", "cancel", run_id)
+
+    eventually(lambda: not containers_of(docker_api, run_id), GRACE)
+    assert deployed.wait_for(run_id, "CANCELLED", "CRASHED", "FAILED", seconds=40)["state_type"] == "CANCELLED"
+    assert_no_dataset(deployed, run_id)
 
 
 def test_a_killed_flow_process_is_a_crash_and_the_hook_removes_the_container(deployed, worker, docker_api, documents):

@@ -112,6 +112,24 @@ def no_engine(here: Surroundings) -> dict[str, Any]:
     return {}
 
 
+def required(here: Surroundings, text: str) -> dict[str, Any]:
+    """An algorithm that requires a prerequisite of this specification."""
+    (here.folder / "required.yaml").write_text(text)
+    return {"prerequisites": [f"file://{here.folder}/required.yaml"]}
+
+
+def failing_prerequisite(here: Surroundings) -> dict[str, Any]:
+    return required(here, "name: get\ncallbacks: [{event: taskStarts, commands: ['exit 4']}]")
+
+
+def prerequisite_without_its_variable(here: Surroundings) -> dict[str, Any]:
+    return required(here, "name: get\ntemplate_variables: [{name: dataPath}]")
+
+
+def marketplace_away(here: Surroundings) -> dict[str, Any]:
+    return {"prerequisites": [f"http://127.0.0.1:{free_port()}/x.yaml"]}
+
+
 def no_input(here: Surroundings) -> dict[str, Any]:
     return {"dataset": Dataset(url=str(here.folder / "gone"))}
 
@@ -190,6 +208,9 @@ SITUATIONS = {
     "archive with two images": image("image_invalid", "description", "holds 2 images", "Save one", 2, two_images),
     "no GPU": Situation("no_gpu", "plan", "platform", "needs a GPU", "gpu: false", 3, algorithm={"gpu": True}),
     "unknown parameter": Situation("invalid_description", "plan", "description", "`n`", "", 2, algorithm={"parameters": {"n": None}}),
+    "prerequisite failed": Situation("prerequisite_failed", "run_container", "description", "its prerequisite get failed: `exit 4` (taskStarts) ended with exit code 4", "Correct the prerequisite", make=failing_prerequisite),
+    "prerequisite without its variable": Situation("invalid_prerequisite", "plan", "description", "→ get): it asks for the template variable dataPath", "template_variables: {dataPath: VALUE}", 2, make=prerequisite_without_its_variable),
+    "marketplace does not answer": Situation("marketplace_unavailable", "plan", "platform", "x.yaml does not answer", "Check the address", 3, make=marketplace_away),
     "engine not running": image("engine_unavailable", "platform", "did not answer", "Start one", 3, no_engine),
     "input missing": data("dataset_not_found", "data", "There is no folder", "Check the address", 2, no_input),
     "input empty": data("invalid_dataset", "data", "holds no files", "Put files there", 2, no_files),
@@ -222,7 +243,9 @@ def documents(situation: Situation, here: Surroundings) -> Iterator[tuple[str, s
     (here.folder / "letters" / "a.txt").write_text("a")
     made.get("dataset", Dataset(url=str(here.folder / "letters"))).save(name)
     described = {"docker_image": DockerImage(image_id=here.image), "command": ["sh", "-c", situation.script]}
-    Algorithm(**described | situation.algorithm | {k: v for k, v in made.items() if k == "docker_image"}).save(name)
+    Algorithm(
+        **described | situation.algorithm | {k: v for k, v in made.items() if k in ("docker_image", "prerequisites")}
+    ).save(name)
     options = []
     if store := made.get("store"):
         store.save(name)

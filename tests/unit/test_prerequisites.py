@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from oasis_flows.template import in_command, in_text
 SEED = Path(__file__).parents[1] / "openpai" / "marketplace"
 
 
+@cache
 def marketplace() -> dict[str, item.Item]:
     """The items of the seed's marketplace, as they are written there."""
     return {path.stem: item.parse(item.read(path.read_text())) for path in sorted(SEED.glob("*.yaml"))}
@@ -106,6 +108,7 @@ def forests(draw: st.DrawFn) -> dict[str, object]:
     return items
 
 
+@settings(deadline=None)
 @given(forests(), st.data())
 def test_what_is_required_comes_before_and_each_comes_once(items, data):
     asked = data.draw(st.lists(st.tuples(st.sampled_from(sorted(items)), st.integers(1, 2)), min_size=1, max_size=4))
@@ -201,6 +204,8 @@ def test_a_refusal_names_the_chain_to_the_culprit_and_what_to_do(required, items
         ({"plugin": "pvc_storage"}, "the name of a storage is missing"),
         ({"requireStorages": [{"name": "a", "mountPath": "/mnt/../x"}]}, "nothing can be mounted at '/mnt/../x'"),
         ({"requireStorages": [{"name": "a", "mountPath": "{{ x }}"}]}, "which only plugin_params may"),
+        ({"plugin_params": {"cache": True, "callbacks": []}}, "Write both: path: /dataset, and a callback"),
+        ({"plugin_params": {"path": "/x"}}, "Write cache: true beside it"),
         ({"network": "yes"}, "network is 'yes' and must be true or false"),
     ],
 )
@@ -367,6 +372,27 @@ def test_a_storage_that_a_machine_does_not_have_is_refused_with_the_setting_to_a
     with pytest.raises(DescriptionError) as refused:
         mounts(found, table, "docker")
     assert said in str(refused.value)
+
+
+# What is kept
+
+
+def test_what_is_kept_is_prepared_after_all_that_comes_before_it_and_then_only_mounted():
+    def kept(name: str, *require: str) -> dict[str, object]:
+        callbacks = [{"event": "taskStarts", "commands": [f"make {name}"]}, {"event": "taskEnds", "commands": ["end"]}]
+        return {"require": list(require), "plugin_params": {"cache": True, "path": f"/data/{name}", "callbacks": callbacks}}
+
+    tool = {"plugin_params": {"callbacks": [{"event": "taskStarts", "commands": ["get tool"]}]}}
+    found = resolved("c", "d", items={"a": kept("a"), "b": tool, "c": kept("c", "a", "b"), "d": tool})
+
+    assert [step.cache_path for step in found.cached] == ["/data/a", "/data/c"]
+    first, second = (found.to_prepare(step) for step in found.cached)
+    assert [c.commands[0] for _, c in first.callbacks] == ["make a"]
+    assert [c.commands[0] for _, c in second.callbacks] == ["get tool", "make c"]
+    assert [c.commands[0] for _, c in found.around_algorithm().callbacks] == ["end", "get tool", "end", "get tool"]
+    assert "Two storages are to be mounted at /data/a" in refusal(
+        "a", "x", items={"a": kept("a"), "x": kept("a", "b")} | {"b": tool}
+    )
 
 
 # The wrapper
