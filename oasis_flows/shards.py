@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from prefect import runtime, task
@@ -14,14 +15,16 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Failed
 
+from . import oscar
 from .batching import Batch
 from .errors import AlgorithmFailed, DatasetError, OasisError, StoreDenied, StoreFull
 from .job import ContainerExit, Reason
 from .ledger import Ledger, Row
 from .manifest import Summary
-from .plan import Plan
+from .plan import Part, Plan
 from .schedule import Attempt, Ending
 from .settings import Settings
+from .store import read_slice
 from .tasks import publish_output, run_container, stage_input
 from .verdict import failure, judge
 from .workspace import Workspace
@@ -47,13 +50,14 @@ class Interrupted(Exception):
 class Shards:
     """What attempts at the shards of one batch have in common. Safe to use from many threads.
 
-    Once `stop` is set, an attempt ends as soon as its container has, and nothing of it counts.
+    With `whole`, the folder of the whole dataset, nothing is staged: that is what containers see. Once `stop` is set, an attempt ends as soon as its container has, and nothing of it counts.
     """
 
     batch: Batch
     workspace: Workspace
     settings: Settings
     ledger: Ledger
+    whole: Path | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
     def attempt(self, attempt: Attempt) -> Outcome:
@@ -102,7 +106,7 @@ class Shards:
         assert plan.part is not None  # noqa: S101 - `shard_plan` made it
         with self.workspace.part(plan.part.shard.name) as part:
             self._go_on()
-            folder, staged = stage_input.fn(plan, part)
+            folder, staged = stage_input.fn(plan, part) if self.whole is None else self._told(plan.part, part, self.whole)
             self._go_on()
             exit, verdict = run_container.fn(
                 plan, part, self.settings, image=self.batch.image, input_folder=folder, go_on=self._go_on
@@ -119,6 +123,14 @@ class Shards:
         if exit.reason is not Reason.OK:
             raise failure(verdict, exit, f"{plan.output.url}/log.txt")
         return published, exit
+
+    def _told(self, of: Part, part: Workspace, whole: Path) -> tuple[Path, Summary]:
+        """Write down which files are the shard's, for a container that sees all of them."""
+        told = part.path / oscar.RANGE_FOLDER
+        told.mkdir(exist_ok=True)
+        (told / oscar.RANGE_FILE).write_bytes(oscar.range_of(of.shard))
+        sizes = [entry.bytes for entry in read_slice(of.listing, of.shard.start, of.shard.end)]
+        return whole, Summary(file_count=len(sizes), size_bytes=sum(sizes), digest=None)
 
     def _go_on(self) -> None:
         if self.stop.is_set():

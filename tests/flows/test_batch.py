@@ -426,3 +426,46 @@ def test_a_store_elsewhere_holds_ledger_shards_and_manifest(ran, notes):
 
     assert done.run["state_type"] == "COMPLETED", done.result
     assert done.result.file_count == 30
+
+
+# OSCAR-Batch
+
+
+def oscar_worker(job, log):
+    """A program as OSCAR-Batch's: it takes its lines out of the index, and reads the files from the whole dataset."""
+    told = json.loads(host_path(job, job.environment["INPUT_FILE_PATH"]).read_text())
+    folder = host_path(job, "/work/input")
+    lines = (folder / "index.txt").read_text().splitlines()
+    for line in lines[told["start"] - 1 : told["end"]]:
+        found = folder.parent / line if (folder.parent / line).exists() else folder / line.removeprefix("input/")
+        (host_path(job, "/work/output") / f"{found.stem}.json").write_text(json.dumps([found.read_text(), len(lines)]))
+    return 0
+
+
+def test_a_program_written_for_oscar_batch_sees_the_whole_dataset_and_its_range(ran, notes):
+    engine = FakeEngine(oscar_worker)
+    dataset = notes(*[f"{number}.jpg" for number in range(10)], "model.bin")
+    done = ran(engine, dataset, shards=3, include="*.jpg", oscar_compat=True)
+
+    assert done.run["state_type"] == "COMPLETED", done.result
+    assert {name: json.loads(text) for name, text in done.content.items()} == {
+        f"{number}.json": [f"{number}.jpg", 10] for number in range(10)
+    }
+    assert len(engine.jobs) == 3
+    (mount,) = {next(mount for mount in job.mounts if mount.target == "/work/input") for job in engine.jobs}
+    assert mount.read_only
+    assert not (Path(dataset.url) / "index.txt").exists()
+    assert (Path(dataset.url) / "model.bin").stat().st_nlink == 1
+
+
+def test_an_index_that_would_hide_a_file_is_refused(ran, notes):
+    done = ran(FakeEngine(oscar_worker), notes("index.txt", "a.jpg"), oscar_compat=True)
+
+    assert isinstance(done.result, DatasetError)
+    assert "choose another `oscar_index`" in str(done.result)
+
+
+def test_oscars_way_needs_one_machine(ran, notes):
+    done = ran(FakeEngine(oscar_worker), notes("a.jpg"), oscar_compat=True, fan_out="work-pool")
+
+    assert isinstance(done.result, DescriptionError)
