@@ -106,7 +106,9 @@ class Shards:
         assert plan.part is not None  # noqa: S101 - `shard_plan` made it
         with self.workspace.part(plan.part.shard.name) as part:
             self._go_on()
-            folder, staged = stage_input.fn(plan, part) if self.whole is None else self._told(plan.part, part, self.whole)
+            folder, staged = (
+                stage_input.fn(plan, part, go_on=self._go_on) if self.whole is None else self._told(plan.part, part, self.whole)
+            )
             self._go_on()
             exit, verdict = run_container.fn(
                 plan, part, self.settings, image=self.batch.image, input_folder=folder, go_on=self._go_on
@@ -118,7 +120,14 @@ class Shards:
                 "ui_url": str(runtime.flow_run.ui_url or ""),
             }
             published, _ = publish_output.fn(
-                plan, part, image=self.batch.image, staged=staged, exit=exit, verdict=verdict, flow_run=flow_run
+                plan,
+                part,
+                image=self.batch.image,
+                staged=staged,
+                exit=exit,
+                verdict=verdict,
+                flow_run=flow_run,
+                go_on=self._go_on,
             )
         if exit.reason is not Reason.OK:
             raise failure(verdict, exit, f"{plan.output.url}/log.txt")
