@@ -50,7 +50,8 @@ class Interrupted(Exception):
 class Shards:
     """What attempts at the shards of one batch have in common. Safe to use from many threads.
 
-    With `whole`, the folder of the whole dataset, nothing is staged: that is what containers see. Once `stop` is set, an attempt ends as soon as its container has, and nothing of it counts.
+    With `whole`, the folder of the whole dataset, nothing is staged: that is what containers see. Once `stop` is set, an
+    attempt ends as soon as its container has, and nothing of it counts.
     """
 
     batch: Batch
@@ -70,6 +71,16 @@ class Shards:
         row = partial(Row.of, attempt)
         try:
             published, exit = self._run(plan)
+            done = row(
+                Ending.DONE,
+                published=published,
+                seconds=_since(began),
+                exit_code=exit.exit_code,
+                url=plan.output.url,
+                log=f"{plan.output.url}/log.txt",
+            )
+            self.ledger.write(done)
+            return Outcome(Ending.DONE, done)
         except OasisError as error:
             if self.stop.is_set():
                 raise Interrupted from error
@@ -86,16 +97,6 @@ class Shards:
                 "log": f"{plan.output.url}/log.txt" if ran else None,
             }
             return Outcome(ending, row(ending, seconds=_since(began), **facts), error)
-        done = row(
-            Ending.DONE,
-            published=published,
-            seconds=_since(began),
-            exit_code=exit.exit_code,
-            url=plan.output.url,
-            log=f"{plan.output.url}/log.txt",
-        )
-        self.ledger.write(done)
-        return Outcome(Ending.DONE, done)
 
     def unknown(self, attempt: Attempt, error: OasisError) -> Row:
         """The row of an attempt of which nobody knows how it ended."""
