@@ -83,8 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(action="run")
 
     batch = commands.add_parser("batch", help="run an algorithm on a large dataset in shards, as many at once as fit")
-    _run_arguments(batch)
+    _run_arguments(batch, optional=True)
     _batch_arguments(batch)
+    _oscar_arguments(batch)
     batch.add_argument(
         "--fan-out",
         choices=["in-process", "work-pool"],
@@ -131,9 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
+def _run_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     parser.add_argument("algorithm", metavar="ALGORITHM", help="name of an Algorithm document")
-    parser.add_argument("dataset", metavar="DATASET", help="name of a Dataset document")
+    parser.add_argument("dataset", metavar="DATASET", nargs="?" if optional else None, help="name of a Dataset document")
     parser.add_argument(
         "-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the algorithm; repeatable"
     )
@@ -163,6 +164,18 @@ def _batch_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how often a shard that its algorithm failed is tried again (default: 0)",
     )
+
+
+def _oscar_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--oscar-compat", action="store_true", default=None, help="run the algorithm as OSCAR-Batch would run its service"
+    )
+    parser.add_argument("--oscar-index", metavar="NAME", help="name of the index in the dataset's folder (default: index.txt)")
+    parser.add_argument(
+        "--oscar-config", metavar="FILE", help="a config.json of OSCAR-Batch: where the files are, in place of DATASET"
+    )
+    parser.add_argument("--service-cpus", metavar="N", help="processors of the service, in place of asking the OSCAR cluster")
+    parser.add_argument("--service-memory", metavar="SIZE", help="memory of the service, such as 3Gi, in place of asking")
 
 
 def _dataset_parser(dataset: argparse.ArgumentParser) -> None:

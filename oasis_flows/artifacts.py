@@ -29,7 +29,7 @@ from .manifest import Entry, Summary
 from .store import MANIFEST, read_manifest
 from .verdict import Verdict
 
-PAGE, FILES, SHARD_TABLE = "oasis-run", "oasis-output", "oasis-batch"
+PAGE, FILES, SHARD_TABLE, WAITING = "oasis-run", "oasis-output", "oasis-batch", "oasis-waiting"
 FAILED_EVENT, FAILED_TAG = "oasis-flows.run.failed", "failed:"
 MOST_FILES = 500
 _PATIENCE_SECONDS = 3.0
@@ -73,6 +73,12 @@ def show_shards(rows: Sequence[Mapping[str, Any]], all_rows: int) -> None:
         )
         with harmless("The list of shards"):
             create_table_artifact([dict(row) for row in rows], key=SHARD_TABLE, description=about)
+
+
+def show_waiting(text: str) -> None:
+    """Show what a batch waits for, or that it waits no longer."""
+    with harmless("What the batch waits for"):
+        create_markdown_artifact(text, key=WAITING, description=text.partition(":")[0])
 
 
 def tell_failure(client: SyncPrefectClient, run_id: UUID, name: str, verdict: Verdict) -> None:

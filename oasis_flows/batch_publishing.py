@@ -49,7 +49,7 @@ def publish_batch(
     rows = tuple(sorted(ledger.rows(), key=lambda row: (row.files[0], -row.files[1])))
     done, bad = done_rows(rows), failed_rows(rows)
     error = _failure(batch, rows, gave_up=schedule.too_many_failed)
-    if error is None or not schedule.too_many_failed:
+    if not schedule.too_many_failed:
         _check_complete(batch, done, bad)
     commits = bool(done) and not schedule.too_many_failed
     verdict = judge(error) if error else _success(batch, rows, time.monotonic() - began)

@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from . import store
+from . import oscar, store
 from .capacity import Demand, Fit, Node, Vector, fit, too_big
 from .errors import DatasetError, DescriptionError, NoCapacity
 from .include import included
 from .job import parse_bytes
+from .manifest import check_name
 from .plan import HEAD, Part, Plan, as_part
 from .record import document
 from .sharding import Layout, Shard, by_bytes, by_files, weigh
@@ -48,6 +49,8 @@ class Options:
     on_failed_files: Literal["fail", "accept"] = "fail"
     max_failed_files: int = 100
     algorithm_retries: int = 0
+    oscar_compat: bool = False
+    oscar_index: str = oscar.INDEX
 
     def __post_init__(self) -> None:
         if self.shards is not None and self.files_per_shard is not None:
@@ -65,6 +68,7 @@ class Options:
             raise DescriptionError(f"`on_failed_files` is {self.on_failed_files!r}. Write fail or accept.")
         if self.include is not None and not self.include.strip():
             raise DescriptionError("`include` is empty. Write a pattern such as *.jpg, or leave it out to take every file.")
+        check_name(self.oscar_index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +95,33 @@ class Batch:
 
     def shard_plan(self, shard: Shard) -> Plan:
         """The plan of the run that a shard is."""
-        return as_part(self.plan, Part(shard=shard, listing=self.listing, base=self.base))
+        return as_part(self.plan, Part(shard=shard, listing=self.listing, base=self.base, oscar=self.options.oscar_compat))
 
     def file_at(self, number: int) -> str:
         """The name of a file, by its place in the listing."""
         return next(store.read_slice(self.listing, number, number + 1)).path
+
+
+def stage_whole(batch: Batch, folder: Path) -> Path:
+    """Bring the whole dataset to this machine, with an index of the batch's files in it; return the folder to mount.
+
+    Files of a local dataset are linked, not copied.
+
+    Raises:
+        DatasetError: the dataset has a file where the index must be.
+    """
+    whole, _ = store.stage_files(batch.base, partial(store.scan, batch.plan.source), folder)
+    index, entries = whole / batch.options.oscar_index, store.read_slice(batch.listing, 0, batch.layout.file_count)
+    try:
+        index.parent.mkdir(parents=True, exist_ok=True)
+        with index.open("x") as file:
+            file.writelines(oscar.index_lines(entries))
+    except OSError as error:
+        raise DatasetError(
+            f"The index {batch.options.oscar_index!r} cannot be put into the dataset's folder: {error.strerror}. If the dataset has a "
+            "file of this name, choose another `oscar_index`."
+        ) from error
+    return whole
 
 
 def demand_of(plan: Plan) -> Demand:
@@ -206,6 +232,7 @@ def _asked(plan: Plan, options: Options, image: str, listing: Listing) -> dict[s
         "include": options.include,
         "files_per_shard": options.files_per_shard,
         "shards": options.shards,
+        "oscar_compat": options.oscar_compat and options.oscar_index,
         "files": {"count": listing.file_count, "bytes": listing.size_bytes, "digest": listing.digest},
     }
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from prefect.logging import get_run_logger
 
+from .artifacts import show_waiting
 from .batching import Batch, demand_of, places
 from .capacity import described
 from .errors import EngineError, EngineUnavailable, OasisError
@@ -24,7 +25,7 @@ from .shards import Outcome, Shards, run_shard
 LOOK_SECONDS = 2.0
 # How long a batch that is stopped waits for its threads beyond the grace of its containers.
 STOP_SECONDS = 60.0
-MOST_AT_ONCE = 256
+MOST_AT_ONCE, MOST_AHEAD = 256, 4
 _POLL_SECONDS = 0.2
 
 
@@ -64,7 +65,10 @@ def carry_out(schedule: Schedule, fan_out: FanOut, tell: Callable[[Outcome, bool
 
 
 class InProcess:
-    """Shards as tasks of the batch's own flow run, in threads of its own process; made by `in_process`."""
+    """Shards as tasks of the batch's own flow run, in threads of its own process; made by `in_process`.
+
+    A few more attempts are under way than containers run: they stage their input and publish their output meanwhile.
+    """
 
     def __init__(self, shards: Shards, pool: ThreadPoolExecutor, settings: Settings) -> None:
         self._shards, self._pool, self._settings = shards, pool, settings
@@ -74,9 +78,13 @@ class InProcess:
         self._running = 0
 
     def room(self) -> int:
-        """What fits into what others leave: it shrinks and grows with their load. Looked at every two seconds."""
-        if self._looked and time.monotonic() - self._looked < LOOK_SECONDS:
-            return self._room
+        """As many attempts as containers fit into what others leave, looked at every two seconds, and some ahead."""
+        if not self._looked or time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._look()
+            self._shards.places.allow(self._room)
+        return self._room + min(self._room, MOST_AHEAD)
+
+    def _look(self) -> None:
         self._looked = time.monotonic()
         batch = self._shards.batch
         try:
@@ -85,18 +93,17 @@ class InProcess:
             # Containers that run are watched by those who are patient with it; more are started when it is back.
             self._wait_for(f"the container engine does not answer: {error}")
             self._room = 0
-            return 0
+            return
         count, found = places(batch.plan, nodes, batch.options, self._settings.headroom)
         self._room = min(count, MOST_AT_ONCE)
         have = "; ".join(described(node, self._settings.headroom) for node in nodes[:10])
         self._wait_for("" if count else f"too few {found.limit} are free for {demand_of(batch.plan)}: {have}")
-        return self._room
 
     def _wait_for(self, what: str) -> None:
-        if what and not self._waits:
-            get_run_logger().warning("The batch waits: %s. It looks again every %g seconds.", what, LOOK_SECONDS)
-        elif self._waits and not what:
-            get_run_logger().info("The batch goes on: %d at once.", self._room)
+        text = f"The batch waits: {what}. It looks again every {LOOK_SECONDS:g} seconds." if what else "The batch goes on."
+        if bool(what) is not bool(self._waits):
+            get_run_logger().warning("%s", text)
+            show_waiting(text)
         self._waits = what
 
     def start(self, attempt: Attempt) -> None:
@@ -144,7 +151,7 @@ class InProcess:
 @contextmanager
 def in_process(shards: Shards, settings: Settings) -> Iterator[InProcess]:
     """Attempts in this process, for the time of the block. None of their containers outlives it, however it ends."""
-    with ThreadPoolExecutor(MOST_AT_ONCE, "oasis-shard") as pool:
+    with ThreadPoolExecutor(MOST_AT_ONCE + MOST_AHEAD, "oasis-shard") as pool:
         fan_out = InProcess(shards, pool, settings)
         try:
             yield fan_out

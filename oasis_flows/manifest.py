@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,12 @@ from .errors import DatasetError, UnsafeName
 MAX_SEGMENT_BYTES = 255
 MAX_NAME_BYTES = 4000
 MAX_LEVELS = 255
+_quoted = json.encoder.encode_basestring
+# A line as `to_line` writes it for nearly all names: reading it so takes a third of the time that JSON's reader takes.
+_PLAIN_LINE = re.compile(
+    r'\{"path":"([ !#-\[\]-~]+)","bytes":(0|[1-9][0-9]{0,17})(?:,"sha256":"([ !#-\[\]-~]*)")?'
+    r'(?:,"etag":"([ !#-\[\]-~]*)")?(?:,"at":"([ !#-\[\]-~]*)")?\}\n?'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +53,15 @@ class Summary:
 
 def to_line(entry: Entry) -> bytes:
     """The entry as its line in a manifest, newline included."""
-    row: dict[str, object] = {"path": entry.path, "bytes": entry.bytes}
+    # A batch lists millions of files, and `json.dumps` makes an encoder for each.
+    text = f'{{"path":{_quoted(entry.path)},"bytes":{entry.bytes}'
     if entry.sha256 is not None:
-        row["sha256"] = entry.sha256
+        text += f',"sha256":{_quoted(entry.sha256)}'
     if entry.etag is not None:
-        row["etag"] = entry.etag
+        text += f',"etag":{_quoted(entry.etag)}'
     if entry.at is not None:
-        row["at"] = entry.at
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        text += f',"at":{_quoted(entry.at)}'
+    return f"{text}}}\n".encode()
 
 
 def parse_line(line: bytes, number: int = 0) -> Entry:
@@ -62,6 +70,10 @@ def parse_line(line: bytes, number: int = 0) -> Entry:
     Raises:
         DatasetError: the line is not one of a manifest; the message names its number.
     """
+    plain = _PLAIN_LINE.fullmatch(line.decode("ascii", "replace"))
+    if plain is not None:
+        path, size, sha256, etag, at = plain.groups()
+        return Entry(path, int(size), sha256, etag, at)
     try:
         row = json.loads(line)
         path, size, sha256, etag, at = row["path"], row["bytes"], row.get("sha256"), row.get("etag"), row.get("at")
@@ -122,12 +134,27 @@ def shown(path: str) -> str:
     return repr(path) if len(path) <= 60 else f"{path[:60]!r}…"
 
 
+def _is_plain(path: str) -> bool:
+    """Does a name need no closer look? Nearly all do not, and there are millions of them."""
+    return (
+        path.isascii()
+        and 0 < len(path) <= MAX_SEGMENT_BYTES
+        and path[0] not in "./"
+        and path[-1] != "/"
+        and "//" not in path
+        and "/." not in path
+        and "\0" not in path
+    )
+
+
 def check_name(path: str) -> None:
     """Return if the name can be carried to any store and any folder.
 
     Raises:
         UnsafeName: it could leave the folder, is not Unicode, or no file system could hold it.
     """
+    if _is_plain(path):
+        return
     try:
         segments = path.encode().split(b"/")
     except UnicodeEncodeError:
@@ -166,7 +193,8 @@ def checked(entries: Iterable[Entry]) -> Iterator[Entry]:
         check_name(path)
         if entry.at is not None:
             check_name(entry.at)
-        if previous is not None and sort_key(path) <= sort_key(previous):
+        # Texts sort as their UTF-8 bytes do: see `sort_key`.
+        if previous is not None and path <= previous:
             what = "comes twice" if path == previous else f"comes after {previous!r} and should come before it"
             raise DatasetError(f"The manifest's entry {path!r} {what}. A manifest is sorted and names each file once.")
         while ancestors and not path.startswith(ancestors[-1]):

@@ -15,7 +15,7 @@ from pathlib import Path
 from prefect.blocks.system import Secret
 from pydantic import BaseModel, Field
 
-from . import command as commands, documents, storages, wrapper
+from . import command as commands, documents, oscar, storages, wrapper
 from .blocks import Algorithm, Dataset, DatasetStore, DockerImage
 from .command import Scalar
 from .errors import DescriptionError, NoGpu
@@ -38,11 +38,15 @@ SHARDS, HEAD = "shards", "batch"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A run's place in a batch: which files of a saved `listing` it reads, whose names are relative to the folder `base`."""
+    """A run's place in a batch: which files of a saved `listing` it reads, whose names are relative to the folder `base`.
+
+    With `oscar`, its container sees all files, and is told which are its own as OSCAR-Batch would: `oscar.range_of`.
+    """
 
     shard: Shard
     listing: Location
     base: Location
+    oscar: bool = False
 
 
 class ShardOf(BaseModel):
@@ -206,6 +210,7 @@ def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder:
     folder = algorithm.working_dir
     gpus = algorithm.gpu_count if algorithm.gpu else 0
     shard = plan.part.shard if plan.part else None
+    told = plan.part is not None and plan.part.oscar
     job = ContainerJob(
         run_id=plan.run_id,
         attempt=plan.attempt,
@@ -221,11 +226,17 @@ def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder:
             "OASIS_RUN_ID": plan.run_id,
             "OASIS_GPU_COUNT": str(gpus),
             **({"OASIS_SHARD_INDEX": str(shard.index), "OASIS_SHARD_COUNT": str(shard.count)} if shard else {}),
+            **({oscar.RANGE_VARIABLE: f"{folder}/{oscar.RANGE_FOLDER}/{oscar.RANGE_FILE}"} if told else {}),
         },
         secret_environment=plan.secrets,
         mounts=(
             Mount(source=input_folder, target=f"{folder}/input", read_only=True),
             Mount(source=workspace.output, target=f"{folder}/output", read_only=False),
+            *(
+                (Mount(source=workspace.path / oscar.RANGE_FOLDER, target=f"{folder}/{oscar.RANGE_FOLDER}", read_only=True),)
+                if told
+                else ()
+            ),
         ),
         storages=plan.storages,
         working_dir=folder,

@@ -15,6 +15,7 @@ from typing import Any, cast
 from uuid import uuid4
 
 from prefect.client.schemas.objects import State
+from pydantic import SecretStr
 
 from . import documents, progress, settings
 from .batching import Options as BatchOptions, cut, demand_of, list_files, places, places_when_empty
@@ -27,6 +28,8 @@ from .flows.batch import batch as batch_flow
 from .job import counted, human_bytes
 from .ledger import Ledger
 from .machine import nodes_now, read_nodes
+from .oscar import parse_config, resources_of
+from .oscar_cluster import ask_service
 from .plan import Plan, plan_run
 from .progress import Bar
 from .running import LogSource, begin_again, open_log
@@ -48,10 +51,11 @@ def run(options: Options) -> int:
 
 
 def batch(options: Options) -> int:
+    given = _given_by_oscar(options) if options.oscar_config else _given(options)
     chosen = _batch_options(options)
     # What is wrong with the options is said before there is a run of them.
     BatchOptions(**chosen)
-    given = {**_given(options), **chosen, **({"fan_out": options.fan_out} if options.fan_out else {})}
+    given = {**given, **chosen, **({"fan_out": options.fan_out} if options.fan_out else {})}
     with _shown():
         if options.resume:
             state = begin_again(options.resume, batch_flow, given, settings.current())
@@ -132,6 +136,8 @@ def _told(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _given(options: Options) -> dict[str, Any]:
     """The parameters that all flows have. Documents stay names, and are known to exist."""
+    if options.dataset is None:
+        raise DescriptionError("There is no DATASET. Give the name of a Dataset document, or --oscar-config.")
     algorithm = documents.load(Algorithm, options.algorithm)
     documents.load(Dataset, options.dataset)
     if options.store:
@@ -145,10 +151,43 @@ def _given(options: Options) -> dict[str, Any]:
     }
 
 
+def _given_by_oscar(options: Options) -> dict[str, Any]:
+    """The parameters that a configuration of OSCAR-Batch stands for. What is secret in it goes into no document."""
+    if options.dataset is not None:
+        raise DescriptionError(
+            "Both DATASET and --oscar-config are given, and each says where the files are. Give one of them."
+        )
+    try:
+        config = parse_config(Path(options.oscar_config).read_bytes())
+    except OSError as error:
+        raise DescriptionError(
+            f"{options.oscar_config} cannot be read: {error.strerror}. Give the path of a config.json."
+        ) from None
+    resources = {"cpu": options.service_cpus, "memory": options.service_memory}
+    if None in resources.values():
+        resources = {**ask_service(config), **{name: value for name, value in resources.items() if value is not None}}
+    algorithm = documents.load(Algorithm, options.algorithm)
+    store = DatasetStore(
+        url=config.dataset_url,
+        endpoint_url=config.endpoint_url,
+        access_key_id=config.access_key,
+        secret_access_key=SecretStr(config.secret_key),
+    )
+    options.oscar_compat = True
+    options.oscar_index = options.oscar_index or config.index
+    return {
+        "algorithm": algorithm.model_copy(update=resources_of(resources)),
+        "input_dataset": Dataset(url=config.dataset_url, store=store),
+        "output_name": options.output_name,
+        "store": options.store,
+        "parameters": from_text(algorithm.parameters, _pairs(options.parameter)) or None,
+    }
+
+
 def _batch_options(options: Options) -> dict[str, Any]:
     """Those of a batch that were given."""
     names = [field.name for field in fields(BatchOptions)]
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
+    return {name: value for name in names if (value := getattr(options, name, None)) is not None}
 
 
 @contextmanager

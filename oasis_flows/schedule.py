@@ -93,7 +93,10 @@ class Schedule:
         return attempt
 
     def ended(self, attempt: Attempt, how: Ending, now: float) -> bool:
-        """Note how an attempt ended; is that the last word on its shard, apart from its halves?"""
+        """Note how an attempt ended; is that the last word on its shard, apart from its halves?
+
+        It is not where the batch stops for it: what is mended since lets the shard be tried again.
+        """
         self.running -= 1
         accident = how in (Ending.KILLED, Ending.UNKNOWN)
         if accident and attempt.accidents + 1 < TRIES:
@@ -105,7 +108,7 @@ class Schedule:
             return False
         if how in (Ending.UNKNOWN, Ending.HOPELESS):
             self.stopped = True
-            return how is Ending.HOPELESS
+            return False
         self._settle(attempt.shard, done=how is Ending.DONE)
         return True
 

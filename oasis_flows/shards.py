@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from prefect import runtime, task
@@ -14,14 +17,16 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Failed
 
+from . import oscar
 from .batching import Batch
 from .errors import AlgorithmFailed, DatasetError, OasisError, StoreDenied, StoreFull
 from .job import ContainerExit, Reason
 from .ledger import Ledger, Row
 from .manifest import Summary
-from .plan import Plan
+from .plan import Part, Plan
 from .schedule import Attempt, Ending
 from .settings import Settings
+from .store import read_slice
 from .tasks import publish_output, run_container, stage_input
 from .verdict import failure, judge
 from .workspace import Workspace
@@ -43,18 +48,50 @@ class Interrupted(Exception):
     """The batch ends before the shard does."""
 
 
+class Places:
+    """How many containers may run at once. Others of their shards stage and publish meanwhile, so that no place is idle."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._most = self._taken = 0
+
+    def allow(self, most: int) -> None:
+        """From now on so many; those that run already go on."""
+        with self._change:
+            self._most = most
+            self._change.notify_all()
+
+    @contextmanager
+    def one(self, go_on: Callable[[], None]) -> Iterator[None]:
+        """Hold a place for the time of the block; `go_on` may raise while it is waited for."""
+        with self._change:
+            while self._taken >= self._most:
+                go_on()
+                self._change.wait(0.2)
+            self._taken += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._taken -= 1
+                self._change.notify()
+
+
 @dataclass(eq=False, slots=True)
 class Shards:
     """What attempts at the shards of one batch have in common. Safe to use from many threads.
 
-    Once `stop` is set, an attempt ends as soon as its container has, and nothing of it counts.
+    With `whole`, the folder of the whole dataset, nothing is staged: that is what containers see. Once `stop` is set, an
+    attempt ends as soon as its container has, and nothing of it counts.
     """
 
     batch: Batch
     workspace: Workspace
     settings: Settings
     ledger: Ledger
+    whole: Path | None = None
     stop: threading.Event = field(default_factory=threading.Event)
+    places: Places = field(default_factory=Places)
 
     def attempt(self, attempt: Attempt) -> Outcome:
         """Make the attempt. A shard that is done is in the ledger; one that failed is for the caller to write down.
@@ -66,6 +103,16 @@ class Shards:
         row = partial(Row.of, attempt)
         try:
             published, exit = self._run(plan)
+            done = row(
+                Ending.DONE,
+                published=published,
+                seconds=_since(began),
+                exit_code=exit.exit_code,
+                url=plan.output.url,
+                log=f"{plan.output.url}/log.txt",
+            )
+            self.ledger.write(done)
+            return Outcome(Ending.DONE, done)
         except OasisError as error:
             if self.stop.is_set():
                 raise Interrupted from error
@@ -82,16 +129,6 @@ class Shards:
                 "log": f"{plan.output.url}/log.txt" if ran else None,
             }
             return Outcome(ending, row(ending, seconds=_since(began), **facts), error)
-        done = row(
-            Ending.DONE,
-            published=published,
-            seconds=_since(began),
-            exit_code=exit.exit_code,
-            url=plan.output.url,
-            log=f"{plan.output.url}/log.txt",
-        )
-        self.ledger.write(done)
-        return Outcome(Ending.DONE, done)
 
     def unknown(self, attempt: Attempt, error: OasisError) -> Row:
         """The row of an attempt of which nobody knows how it ended."""
@@ -102,11 +139,14 @@ class Shards:
         assert plan.part is not None  # noqa: S101 - `shard_plan` made it
         with self.workspace.part(plan.part.shard.name) as part:
             self._go_on()
-            folder, staged = stage_input.fn(plan, part)
-            self._go_on()
-            exit, verdict = run_container.fn(
-                plan, part, self.settings, image=self.batch.image, input_folder=folder, go_on=self._go_on
+            folder, staged = (
+                stage_input.fn(plan, part, go_on=self._go_on) if self.whole is None else self._told(plan.part, part, self.whole)
             )
+            with self.places.one(self._go_on):
+                self._go_on()
+                exit, verdict = run_container.fn(
+                    plan, part, self.settings, image=self.batch.image, input_folder=folder, go_on=self._go_on
+                )
             self._go_on()
             flow_run = {
                 "id": self.batch.plan.run_id,
@@ -114,11 +154,26 @@ class Shards:
                 "ui_url": str(runtime.flow_run.ui_url or ""),
             }
             published, _ = publish_output.fn(
-                plan, part, image=self.batch.image, staged=staged, exit=exit, verdict=verdict, flow_run=flow_run
+                plan,
+                part,
+                image=self.batch.image,
+                staged=staged,
+                exit=exit,
+                verdict=verdict,
+                flow_run=flow_run,
+                go_on=self._go_on,
             )
         if exit.reason is not Reason.OK:
             raise failure(verdict, exit, f"{plan.output.url}/log.txt")
         return published, exit
+
+    def _told(self, of: Part, part: Workspace, whole: Path) -> tuple[Path, Summary]:
+        """Write down which files are the shard's, for a container that sees all of them."""
+        told = part.path / oscar.RANGE_FOLDER
+        told.mkdir(exist_ok=True)
+        (told / oscar.RANGE_FILE).write_bytes(oscar.range_of(of.shard))
+        sizes = [entry.bytes for entry in read_slice(of.listing, of.shard.start, of.shard.end)]
+        return whole, Summary(file_count=len(sizes), size_bytes=sum(sizes), digest=None)
 
     def _go_on(self) -> None:
         if self.stop.is_set():

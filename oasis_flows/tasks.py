@@ -73,10 +73,11 @@ TRANSFER: dict[str, Any] = {
 
 @task(**TRANSFER)
 @step(MARKER_STAGED)
-def stage_input(plan: Plan, workspace: Workspace) -> tuple[Path, Summary]:
+def stage_input(plan: Plan, workspace: Workspace, *, go_on: Callable[[], None] = lambda: None) -> tuple[Path, Summary]:
     """Bring the input, or a shard's part of it, to this machine; return the folder to mount and what it holds.
 
     Before a byte is moved, the store shows that the output can be written to it; a batch has seen to that for its shards.
+    For these, `go_on` is called again and again meanwhile, and may raise.
     """
     if done := workspace.done(MARKER_STAGED):
         return Path(done["folder"]), Summary(**done["summary"])
@@ -87,10 +88,11 @@ def stage_input(plan: Plan, workspace: Workspace) -> tuple[Path, Summary]:
     else:
         shard = plan.part.shard
         files = partial(store.read_slice, plan.part.listing, shard.start, shard.end)
-        folder, summary = store.stage_files(plan.part.base, files, workspace.path)
+        folder, summary = store.stage_files(plan.part.base, files, workspace.path, progress=lambda *_: go_on())
     _finish(workspace, MARKER_STAGED, started, folder=str(folder), summary=asdict(summary))
-    count, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
-    get_run_logger().info("The input %s has %s, %s.", plan.dataset_name, count, size)
+    if plan.part is None:
+        count, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
+        get_run_logger().info("The input %s has %s, %s.", plan.dataset_name, count, size)
     return folder, summary
 
 
@@ -245,10 +247,11 @@ def publish_output(
     exit: ContainerExit,
     verdict: Verdict,
     flow_run: Mapping[str, str],
+    go_on: Callable[[], None] = lambda: None,
 ) -> tuple[Summary, Dataset | None]:
     """Publish what the container wrote, with its log and record; a Dataset document only if it succeeded and is no shard.
 
-    Of an output that was too much: log and record only; its files are deleted first, for these may need the room.
+    For a shard, `go_on` is called again and again meanwhile, and may raise. Of an output that was too much: log and record only; its files are deleted first, for these may need the room.
 
     Raises:
         UnsafeName: the output cannot be a dataset; it was kept like that of a failed run.
@@ -284,7 +287,7 @@ def publish_output(
                 commit=verdict.code == Reason.OK,
                 workspace=workspace.path,
                 skipped=get_run_logger().warning,
-                progress=None if plan.part else _progress("Published", MARKER_PUBLISHED),
+                progress=(lambda *_: go_on()) if plan.part else _progress("Published", MARKER_PUBLISHED),
             )
 
         try:

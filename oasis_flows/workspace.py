@@ -50,14 +50,14 @@ class Workspace:
             StoreFull: the folder cannot be made.
         """
         part = Workspace(self.path / "parts" / name, self)
-        with _room_for(part.path):
+        with room_for(part.path):
             part.path.mkdir(parents=True, exist_ok=True)
         yield part
-        _delete(part.path)
+        delete(part.path)
 
     def drop_part(self, name: str) -> None:
         """Delete the folder of a part."""
-        _delete(self.path / "parts" / name)
+        delete(self.path / "parts" / name)
 
     @property
     def input(self) -> Path:

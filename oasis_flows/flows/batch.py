@@ -15,13 +15,15 @@ from .. import documents, settings
 from ..artifacts import TransferBar, first_files, show_files, show_shards
 from ..batch_publishing import Published, publish_batch
 from ..batch_record import details, table
-from ..batching import Batch, Options, open_batch, places_when_empty
+from ..batching import Batch, Options, open_batch, places_when_empty, stage_whole
 from ..blocks import Algorithm, Dataset, DatasetStore
 from ..documents import document_flow, patiently
+from ..errors import DescriptionError
 from ..fan_out import carry_out, in_process, schedule_of
 from ..ledger import Ledger
 from ..lifecycle import announce, clean_up, owned_workspace
 from ..machine import nodes_now
+from ..oscar import INDEX
 from ..plan import SHARDS, plan_run
 from ..record import Account
 from ..reporting import failed, succeeded
@@ -53,6 +55,8 @@ def batch(
     on_failed_files: Literal["fail", "accept"] = "fail",
     max_failed_files: _NotNegative = 100,
     algorithm_retries: _NotNegative = 0,
+    oscar_compat: bool = False,
+    oscar_index: str = INDEX,
 ) -> Dataset:
     """Run an algorithm on a large dataset in shards, and publish what they write as one new dataset.
 
@@ -74,6 +78,9 @@ def batch(
             The output of the others is published either way.
         max_failed_files: Give up when more files than this fail alone.
         algorithm_retries: How often a shard that its algorithm failed is tried again before it is split.
+        oscar_compat: For programs written for OSCAR-Batch. Each container sees the whole dataset and an index of it, and a JSON
+            file named by INPUT_FILE_PATH says which lines are its own. In-process only.
+        oscar_index: Name of the index in the dataset's folder, with oscar_compat.
 
     Returns:
         The published dataset.
@@ -98,7 +105,10 @@ def batch(
                 on_failed_files=on_failed_files,
                 max_failed_files=max_failed_files,
                 algorithm_retries=algorithm_retries,
+                oscar_compat=oscar_compat,
+                oscar_index=oscar_index,
             )
+            _refuse_what_does_not_fit(options, fan_out)
             workspace = owned.enter_context(owned_workspace(here, account))
             decide = partial(
                 plan_run,
@@ -135,6 +145,11 @@ def batch(
         return cast(Dataset, dataset)
 
 
+def _refuse_what_does_not_fit(options: Options, fan_out: str) -> None:
+    if options.oscar_compat and fan_out != "in-process":
+        raise DescriptionError("`oscar_compat` needs the whole dataset on one machine. Use `fan_out: in-process` with it.")
+
+
 def _run_shards(work: Batch, ledger: Ledger, workspace: Workspace, here: Settings, fan_out: str) -> Schedule:
     """Run all shards that the ledger does not know; raise what stopped the batch, if anything did."""
     schedule, bar = schedule_of(work, ledger), TransferBar("shards")
@@ -144,7 +159,8 @@ def _run_shards(work: Batch, ledger: Ledger, workspace: Workspace, here: Setting
             ledger.write(outcome.row)
         bar.move(schedule.files_done + len(schedule.failed), work.layout.file_count, 0, 0)
 
-    shards = Shards(work, workspace, here, ledger)
+    whole = stage_whole(work, workspace.path / "whole") if work.options.oscar_compat else None
+    shards = Shards(work, workspace, here, ledger, whole)
     with in_process(shards, here) if fan_out == "in-process" else work_pool(work, ledger) as place:
         stopped_by = carry_out(schedule, place, tell)
     if stopped_by is not None:

@@ -40,18 +40,17 @@ def write_listing(entries: Iterable[Entry], folder: Path) -> Listing:
 
     Memory grows by eight bytes a file.
     """
-    digest, sizes, at = hashlib.sha256(), array("q"), 0
+    digest, sizes, at, rest = hashlib.sha256(), array("q"), 0, iter(entries)
     with translated(str(folder), writing=True):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / LISTING).open("wb") as listing, (folder / INDEX).open("wb") as index:
-            for number, entry in enumerate(entries):
-                if number % _EVERY == 0:
-                    index.write(_OFFSET.pack(at))
-                line = to_line(entry)
-                digest.update(line)
-                listing.write(line)
-                sizes.append(entry.bytes)
-                at += len(line)
+            while some := list(islice(rest, _EVERY)):
+                index.write(_OFFSET.pack(at))
+                block = b"".join(map(to_line, some))
+                digest.update(block)
+                listing.write(block)
+                sizes.extend([entry.bytes for entry in some])
+                at += len(block)
     return Listing(file_count=len(sizes), size_bytes=sum(sizes), digest=digest.hexdigest(), sizes=sizes)
 
 

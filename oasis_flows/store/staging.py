@@ -58,13 +58,15 @@ def stage(location: Location, workspace: Path, *, progress: Progress | None = No
     return into, _Fetch(*_source(location, known), into, workspace / "fetch", progress, link=True).run(manifest)
 
 
-def stage_files(base: Location, entries: Callable[[], Iterable[Entry]], workspace: Path) -> tuple[Path, Summary]:
+def stage_files(
+    base: Location, entries: Callable[[], Iterable[Entry]], workspace: Path, *, progress: Progress | None = None
+) -> tuple[Path, Summary]:
     """Bring some files of the folder `base` into `workspace/input`, as `stage` would all of them; return that folder.
 
     Files of a local folder are linked there, or copied where they cannot be. Raises as `stage`.
     """
     into = workspace / "input"
-    return into, _Fetch(base, entries, into, workspace / "fetch", None, link=True).run(workspace / "input.jsonl")
+    return into, _Fetch(base, entries, into, workspace / "fetch", progress, link=True).run(workspace / "input.jsonl")
 
 
 def fetch_to(location: Location, directory: Path, *, progress: Progress | None = None) -> Summary:

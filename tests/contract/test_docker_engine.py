@@ -629,3 +629,35 @@ class TestEngineGoesAway:
                 DockerEngine(private.connect, patience_seconds=2).run(make_job("sh", "-c", script, image="t:1"), Log())
             stop.join()
             assert caught.value.transient
+
+
+class TestParts:
+    def test_the_parts_of_a_run_are_counted_apart_and_ended_together_politely(
+        self, docker_engine: DockerEngine, docker_api: Any, make_job: Make
+    ) -> None:
+        whole, script = make_job("true").run_id, "trap 'echo ended; exit 0' TERM; echo began; while :; do sleep 0.1; done"
+        limits = Resources(cpus=0.25, memory_bytes=32 * MIB)
+        parts = [make_job("sh", "-c", script, run_id=f"{whole}.{name}", resources=limits) for name in ("0", "1.0")]
+        logs = [Log() for _ in parts]
+
+        def run(job: ContainerJob, log: Log) -> None:
+            # It may be removed before its end could be asked for.
+            with contextlib.suppress(ContainerLost):
+                docker_engine.run(job, log)
+
+        threads = [threading.Thread(target=run, args=(job, log)) for job, log in zip(parts, logs, strict=True)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: all(log.text("stdout") == b"began\n" for log in logs), 60)
+
+        ids = {row["Id"] for job in parts for row in containers_of(docker_api, job.run_id)}
+        assert ids <= {found["Id"] for found in docker_run.inspect_running(docker_api, None)}
+        assert not ids & {found["Id"] for found in docker_run.inspect_running(docker_api, whole)}
+        (machine,) = docker_engine.nodes()
+        assert machine.requested.millicpus >= 500
+        assert machine.allocatable.memory_bytes == docker_api.info()["MemTotal"]
+        docker_engine.reap(whole, stop_seconds=20)
+        for thread in threads:
+            thread.join(30)
+        assert [log.text("stdout") for log in logs] == [b"began\nended\n"] * 2
+        assert not any(containers_of(docker_api, job.run_id) for job in parts)

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,61 @@ def test_shards_can_be_flow_runs_of_a_work_pool_and_outlive_the_batchs_process(d
     assert len(names) == len(set(names)) == 5
     assert {each["parameters"]["shard"]["listing"] for each in made} == {f"{output}/batch"}
     assert json.loads((output / "failed.jsonl").read_text())["file"] == "1/0004.txt"
+
+
+class Cluster(BaseHTTPRequestHandler):
+    """Answers as OSCAR does when it is asked about a service."""
+
+    def do_GET(self):
+        known = self.path == "/system/services/fish-detector" and self.headers["Authorization"] == "Basic b3NjYXI6cDRzc3dvcmQ="
+        self.send_response(200 if known else 401)
+        self.end_headers()
+        self.wfile.write(json.dumps({"name": "fish-detector", "cpu": "0.1", "memory": "32Mi", "image": "x"}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+# The script of the service, as OSCAR-Batch has it; `jq` and Python in the image's own words.
+FISH = """
+S=$(sed 's/.*"start": \\([0-9]*\\).*/\\1/' "$INPUT_FILE_PATH"); E=$(sed 's/.*"end": \\([0-9]*\\).*/\\1/' "$INPUT_FILE_PATH")
+sed -n "${S},${E}p" "$BUCKET_DIR/input/index.txt" | while read line; do
+  tr a-z A-Z < "$BUCKET_DIR/$line" > "$BUCKET_DIR/output/$(basename "$line" .jpg).json"
+done
+"""
+
+
+def test_an_oscar_batch_configuration_runs_as_it_is(prefect_server, here, begin, busybox, s3, tmp_path):
+    bucket, client, name = s3.new_bucket(), s3.client(), f"fish-{uuid.uuid4().hex[:8]}"
+    for number in range(9):
+        client.put_object(Bucket=bucket, Key=f"input/{number}.jpg", Body=f"picture {number}".encode())
+    fish = DockerImage(image_id=busybox)
+    Algorithm(docker_image=fish, command=["sh", "-c", FISH], environment={"BUCKET_DIR": "/work"}, memory="1TiB").save(name)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Cluster)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    config = {
+        "MinIO": {"url": s3.endpoint, "access_key": s3.access_key, "secret_key": s3.secret_key},
+        "bucket": {"name": bucket, "folder_prefix": "input/"},
+        "output": {"file": "index.txt"},
+        "oscar_cluster": {
+            "url": f"http://127.0.0.1:{server.server_port}",
+            "auth_basic": {"username": "oscar", "password": "p4ssword"},
+        },
+        "service": {"name": "fish-detector"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    process = begin(name, "--oscar-config", str(tmp_path / "config.json"), "--include", "*.jpg", "--shards", "3", "--json")
+    said, _ = process.communicate(timeout=180)
+    server.shutdown()
+
+    assert process.returncode == 0, said
+    told = json.loads(said.splitlines()[-1])
+    output = Path(told["url"])
+    found = {row["path"]: row["at"] for row in map(json.loads, (output / "manifest.jsonl").read_text().splitlines())}
+    assert {path: (output / at).read_text() for path, at in found.items()} == {
+        f"{number}.json": f"PICTURE {number}" for number in range(9)
+    }
+    run = prefect_server.api(f"/flow_runs/{told['flow_run_id']}")
+    kept = [path.read_text(errors="replace") for path in output.rglob("*") if path.is_file()]
+    for secret in (s3.secret_key, "p4ssword"):
+        assert secret not in said + json.dumps(run) + "".join(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 
 import pytest
@@ -117,3 +118,17 @@ def test_the_digest_is_known_only_when_every_file_was_read() -> None:
 def test_a_damaged_line_is_named_by_its_number(line: bytes) -> None:
     with pytest.raises(DatasetError, match="Line 2"):
         list(parse([b'{"path":"0","bytes":1}\n', line]))
+
+
+@given(st.text(min_size=1), st.integers(0, 1 << 62), *[st.one_of(st.none(), st.text()) for _ in range(3)])
+def test_a_line_says_what_json_says_it_says(path, size, sha256, etag, at):
+    entry = Entry(path, size, sha256, etag, at)
+    line = to_line(entry)
+
+    assert parse_line(line) == entry
+    assert json.loads(line) == {
+        "path": path,
+        "bytes": size,
+        **{name: value for name, value in (("sha256", sha256), ("etag", etag), ("at", at)) if value is not None},
+    }
+    assert parse_line(json.dumps(json.loads(line)).encode()) == entry
