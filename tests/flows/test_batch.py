@@ -253,7 +253,7 @@ def test_never_more_at_once_than_fit_or_than_the_user_wants(ran, notes):
         with lock:
             under_way.append(job)
             most.append(len(under_way))
-        time.sleep(0.05)
+        time.sleep(0.5)
         with lock:
             under_way.remove(job)
         return upper(job, log)
