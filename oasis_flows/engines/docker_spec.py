@@ -31,9 +31,9 @@ PACKAGE_NAME = "oasis-flows"
 
 # A run that comes back after its process died reads its log here, so the driver must keep bytes exactly and keep all of
 # them: `local` does; `json-file` replaces what is not UTF-8. The bound stops a flood from filling the engine's disk; a
-# longer log is still whole for a run that stays attached, for then nothing is read back. `local` takes some 25 bytes more for
-# each line. Podman's `k8s-file` keeps them
-# too, and its usual driver may be journald; with a bound it would drop what came first, so it has none.
+# longer log is still whole for a run that stays attached, for then nothing is read back. `local` takes some 25 bytes more
+# for each line. Podman's `k8s-file` keeps them too, and its usual driver may be journald; with a bound it would drop what
+# came first, so it has none.
 KEPT_LOG: Mapping[str, Mapping[str, str]] = {
     "local": {"max-size": "256m", "max-file": "4", "compress": "false"},
     "k8s-file": {},
