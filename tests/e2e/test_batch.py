@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
+from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage, Prerequisite
 from oasis_flows.engines import docker_run
 from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.flows.batch import batch
@@ -61,6 +61,22 @@ def ran(prefect_server, here, docker_api):
         return state
 
     return run
+
+
+def test_what_has_to_be_in_place_is_so_for_each_shard(ran, busybox, letters):
+    Prerequisite(
+        plugin_params={"callbacks": [{"event": "taskStarts", "commands": ["echo ready > /tmp/ready"]}]},
+    ).save("shard-ready", overwrite=True)
+    needs = Algorithm(
+        docker_image=DockerImage(image_id=busybox),
+        command=["sh", "-c", "cp /tmp/ready output/$OASIS_SHARD_INDEX"],
+        cpus=0.1,
+        memory="32MiB",
+        prerequisites=["shard-ready"],
+    )
+    dataset = ran(needs, letters(6), shards=3).result()
+
+    assert dataset.file_count == 3
 
 
 def test_a_batch_over_a_folder_is_one_dataset_which_a_run_can_read(ran, busybox, letters, here):
