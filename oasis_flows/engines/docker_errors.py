@@ -57,7 +57,8 @@ _REGISTRY_AWAY = re.compile(
     r"dial (tcp|udp)|connection (refused|reset|timed out)|no such host|i/o timeout|context deadline exceeded|request canceled"
     r"|unexpected eof|: eof\b|tls handshake|toomanyrequests|too many requests|no route to host|network is unreachable"
     r"|server misbehaving|temporary failure in name resolution|50[0234] [a-z ]*(error|gateway|unavailable|time-?out)"
-    r"|received unexpected http status: 5|broken pipe|use of closed network connection",
+    r"|received unexpected http status: 5|broken pipe|use of closed network connection"
+    r"|server closed idle connection|transport connection broken|connection lost",
     re.IGNORECASE,
 )
 _DISK_FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)

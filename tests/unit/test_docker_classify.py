@@ -48,6 +48,7 @@ HUB_LIMIT = (
 )
 NO_PLATFORM = "no matching manifest for linux/arm64/v8 in the manifest list entries"
 TIMEOUT = "net/http: request canceled while waiting for connection (Client.Timeout exceeded while awaiting headers)"
+HUNG_UP = 'Get "http://127.0.0.1:33895/v2/": http: server closed idle connection'
 HTTP_503 = "received unexpected HTTP status: 503 Service Unavailable"
 FULL = "failed to register layer: Error processing tar file(exit status 1): write /opt/big: no space left on device"
 
@@ -83,6 +84,7 @@ SHELL_MISSING = b"sh: nosuch: not found\n"
         (HUB_LIMIT, RegistryUnavailable),
         (NO_PLATFORM, UnsupportedByEngine),
         (TIMEOUT, RegistryUnavailable),
+        (HUNG_UP, RegistryUnavailable),
         (HTTP_503, RegistryUnavailable),
         (FULL, EngineError),
         (STRANGE, EngineError),
