@@ -31,6 +31,7 @@
     ├── ProtocolError            a train's answer is none of the Train API
     ├── TrainRefused             a station does not let a train run, or not travel on; nothing of it stays
     ├── TrainFailed              a train ran, and says or shows that it did not succeed
+    │   └── TrainStopped             it says that it neither succeeded nor failed
     ├── ChainBroken              a train's record does not hold: signature, order, image or summary
     ├── FilesFailed              some files of a batch failed alone; the others' output is published
     └── AlgorithmFailed          it ran and failed: read its log; its code is its verdict's
@@ -265,6 +266,12 @@ class TrainFailed(OasisError):
 
     code = "train_failed"
     exit_code = 1
+
+
+class TrainStopped(TrainFailed):
+    """A train ended in the state `application`: by its own word neither a success nor a failure."""
+
+    code = "train_application"
 
 
 class ChainBroken(OasisError):

@@ -82,6 +82,12 @@ class Finding:
     link: Mapping[str, Any]
 
 
+def labelled(config: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
+    """A configuration with these labels, and none of an earlier visit."""
+    kept = {name: text for name, text in (config.get("Labels") or {}).items() if not name.startswith(PREFIX)}
+    return {**config, "Labels": {**kept, **labels}}
+
+
 def canonical(value: object) -> bytes:
     """JSON in one spelling."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
