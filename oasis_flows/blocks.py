@@ -592,7 +592,9 @@ class Station(Block):
     @classmethod
     def _registry(cls, value: str | None) -> str | None:
         if value and not re.fullmatch(r"[a-z0-9][a-z0-9._-]*(:\d+)?(/[a-z0-9][a-z0-9._-]*)*", value.rstrip("/")):
-            raise ValueError(f"{value!r} is no place in a registry. Write HOST[:PORT]/FOLDER, without https:// and without a tag")
+            raise ValueError(
+                f"{value!r} is no place in a registry. Write HOST[:PORT]/FOLDER, without https:// and without a tag"
+            )
         return (value or "").rstrip("/") or None
 
     @model_validator(mode="after")

@@ -18,8 +18,15 @@ from typing import IO
 from .errors import TrainFailed
 
 _CHUNK = 1 << 20
-_ENGINES_OWN = frozenset(
-    {".dockerenv", "etc/hosts", "etc/hostname", "etc/resolv.conf", "etc/mtab", "sbin/docker-init", "run/.containerenv"}
+# The engine mounts these into every container, and makes the names that it needs for that.
+_ENGINES_OWN = (
+    ".dockerenv",
+    "etc/hosts",
+    "etc/hostname",
+    "etc/resolv.conf",
+    "etc/mtab",
+    "sbin/docker-init",
+    "run/.containerenv",
 )
 _KERNELS = ("dev", "proc", "sys")
 # A shorter secret would be found everywhere by chance.
@@ -52,7 +59,7 @@ class Difference:
     changes: tuple[Change, ...]
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """What the layer holds: the sizes of all files that it brings."""
         return sum(change.bytes for change in self.changes)
 
@@ -79,10 +86,6 @@ class _Node:
     owner: tuple[int, int]
     bytes: int
     content: str
-
-    def differs(self, other: _Node) -> bool:
-        # The engine changes the mode of a folder that it mounts something into.
-        return self != other
 
 
 Listing = Mapping[str, _Node]
@@ -112,7 +115,7 @@ def _node(tar: tarfile.TarFile, member: tarfile.TarInfo, before: Mapping[str, _N
 
 def compare(before: Listing, after: Listing, mounted: Collection[str] = ()) -> Difference:
     """The changes from one listing to another. Where something was `mounted` (whole paths), what is below is none."""
-    points = tuple(path.strip("/") for path in mounted)
+    points = (*(path.strip("/") for path in mounted), *_KERNELS, *_ENGINES_OWN)
     changes = []
     for path in before.keys() | after.keys():
         if not _counts(path, points) or (path not in before and _leads_to_a_mount(path, after, points)):
@@ -122,7 +125,7 @@ def compare(before: Listing, after: Listing, mounted: Collection[str] = ()) -> D
             changes.append(Change(path, Kind.REMOVED))
         elif old is None:
             changes.append(Change(path, Kind.ADDED, new.bytes))
-        elif old.differs(new):
+        elif old != new:
             changes.append(Change(path, Kind.CHANGED, new.bytes))
     return Difference(tuple(sorted(changes, key=lambda change: change.path)))
 
@@ -142,7 +145,7 @@ def exported(before: Listing, after: Listing, files: Iterable[str]) -> Differenc
             raise TrainFailed(
                 f"The train exports the file {name}, and {what} in its ended container. Correct the train: only files travel."
             )
-        kind = Kind.ADDED if old is None else Kind.CHANGED if old.differs(new) else Kind.KEPT
+        kind = Kind.ADDED if old is None else Kind.CHANGED if old != new else Kind.KEPT
         changes.append(Change(path, kind, new.bytes))
     return Difference(tuple(sorted(changes, key=lambda change: change.path)))
 
@@ -170,7 +173,13 @@ def write_layer(stream: IO[bytes], layer: IO[bytes], difference: Difference, sec
             if path not in wanted and not (path in above and member.isdir()):
                 continue
             plain = tarfile.TarInfo(path)
-            plain.type, plain.mode, plain.uid, plain.gid, plain.size = member.type, member.mode, member.uid, member.gid, member.size
+            plain.type, plain.mode, plain.uid, plain.gid, plain.size = (
+                member.type,
+                member.mode,
+                member.uid,
+                member.gid,
+                member.size,
+            )
             plain.linkname, plain.devmajor, plain.devminor = member.linkname, member.devmajor, member.devminor
             plain.mtime = int(member.mtime)
             plain.pax_headers = {key: value for key, value in member.pax_headers.items() if key.startswith("SCHILY.xattr.")}
@@ -185,7 +194,7 @@ def write_layer(stream: IO[bytes], layer: IO[bytes], difference: Difference, sec
                 first_names[path] = path
                 body = tar.extractfile(member)
                 assert body is not None  # noqa: S101 - it is a regular file
-                out.addfile(plain, _Searching(body, f"/{path}", searched))  # type: ignore[arg-type]  # it is read, and no more
+                out.addfile(plain, _Searching(body, f"/{path}", searched))
             else:
                 out.addfile(plain)
 
@@ -232,9 +241,7 @@ def _parents(path: str) -> Iterator[str]:
 
 
 def _counts(path: str, mounted: tuple[str, ...]) -> bool:
-    if path in _ENGINES_OWN or path in ("", "."):
-        return False
-    return not any(path == point or path.startswith(f"{point}/") for point in (*_KERNELS, *mounted))
+    return path not in ("", ".") and not any(path == point or path.startswith(f"{point}/") for point in mounted)
 
 
 def _leads_to_a_mount(path: str, after: Listing, mounted: tuple[str, ...]) -> bool:

@@ -161,9 +161,13 @@ def verify(chain: Sequence[Envelope], trusted: Mapping[str, Iterable[str]]) -> t
                 f"key, and add it to the setting OASIS_FLOWS_TRUSTED_STATIONS. The key: {envelope.key}"
             )
         if link["visit"] != number:
-            raise ChainBroken(f"Link {number} says that it is of visit {link['visit']}. Links are missing, or were put in another order.")
+            raise ChainBroken(
+                f"Link {number} says that it is of visit {link['visit']}. Links are missing, or were put in another order."
+            )
         if link["previous_link"] != (before.digest if before else None):
-            raise ChainBroken(f"Link {number} does not follow the link before it. One of the two was changed, taken out or put in.")
+            raise ChainBroken(
+                f"Link {number} does not follow the link before it. One of the two was changed, taken out or put in."
+            )
         if before is not None and link["predecessor"]["content"] != before.link["successor"]["content"]:
             raise ChainBroken(
                 f"Link {number} is of a train with another content than link {number - 1} left behind. "

@@ -51,7 +51,9 @@ def image_engine(settings: Settings) -> ImageEngine:
     """
     engine = open_engine(settings)
     if not isinstance(engine, ImageEngine):
-        raise UnsupportedByEngine("The engine cannot make images out of containers, and trains travel as such. Use a Docker engine.")
+        raise UnsupportedByEngine(
+            "The engine cannot make images out of containers, and trains travel as such. Use a Docker engine."
+        )
     return engine
 
 

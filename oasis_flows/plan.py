@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prefect.blocks.system import Secret
+from prefect_docker.credentials import DockerRegistryCredentials
 from pydantic import BaseModel, Field
 
 from . import command as commands, documents, oscar, storages, wrapper

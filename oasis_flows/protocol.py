@@ -232,8 +232,7 @@ def read_check(generation: Generation, answer: Mapping[str, Any], demand: Demand
     said = str(read.pick(answer, "message", "freeTextMessage") or "the train says that it is not met")
     known = [each.name for each in demand.requirements]
     return tuple(
-        Result(name, name not in missing, said if name in missing else "")
-        for name in dict.fromkeys([*known, *missing])
+        Result(name, name not in missing, said if name in missing else "") for name in dict.fromkeys([*known, *missing])
     )
 
 
@@ -333,9 +332,7 @@ def _listed(read: _Reader, row: object, warnings: list[str]) -> Requirement:
     return _variable(read, read.id(row.get("id")), read.text(what, "name"), target, what, warnings)
 
 
-def _variable(
-    read: _Reader, id: int, name: str, said: str, what: Mapping[str, Any], warnings: list[str]
-) -> Requirement:
+def _variable(read: _Reader, id: int, name: str, said: str, what: Mapping[str, Any], warnings: list[str]) -> Requirement:
     if not NAME.fullmatch(name):
         if not NAME_WITH_DIGITS.fullmatch(name):
             raise read.error(f"requires a variable {name!r}, which is no name: upper-case words joined by single underscores")

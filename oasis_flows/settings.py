@@ -113,7 +113,9 @@ def _written(name: str) -> object:
 
 def _keys(name: str) -> Mapping[str, tuple[str, ...]]:
     found = _written(name)
-    rows = {key: (value,) if isinstance(value, str) else value for key, value in found.items()} if isinstance(found, dict) else {}
+    rows = (
+        {key: (value,) if isinstance(value, str) else value for key, value in found.items()} if isinstance(found, dict) else {}
+    )
     wrong = found is not None and not isinstance(found, dict)
     if wrong or any(not isinstance(row, tuple | list) or not all(isinstance(key, str) for key in row) for row in rows.values()):
         raise DescriptionError(f'The setting {name} holds no keys of stations. Write {{"hospital-a": "its public key"}}.')

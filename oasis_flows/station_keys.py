@@ -10,6 +10,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from prefect.blocks.system import Secret
+from pydantic import SecretStr
 
 from . import documents
 from .errors import DescriptionError
@@ -50,7 +51,7 @@ def _secret(name: str) -> str:
     if found is None:
         # Where somebody else makes it at the same time, theirs counts.
         with suppress(ValueError):
-            Secret(value=_new()).save(name)
+            Secret(value=SecretStr(_new())).save(name)
         found = documents.load(Secret, name)
     return str(found.get())
 

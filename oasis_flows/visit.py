@@ -15,7 +15,18 @@ from pathlib import Path
 
 from .blocks import Station
 from .errors import AlgorithmFailed, DescriptionError, OasisError, ProtocolError, TrainFailed, TrainStopped
-from .job import ContainerExit, ContainerJob, Mount, Reason, RegistryLogin, Resources, Sandbox, StorageMount, human_bytes, parse_bytes
+from .job import (
+    ContainerExit,
+    ContainerJob,
+    Mount,
+    Reason,
+    RegistryLogin,
+    Resources,
+    Sandbox,
+    StorageMount,
+    human_bytes,
+    parse_bytes,
+)
 from .plan import login_of, secret_value
 from .protocol import RESPONSE_FILE, Generation, RunResponse, TrainState
 from .requirement import Probe
@@ -118,16 +129,12 @@ def question_job(
     visit: Visit, workspace: Workspace, image: str, argv: Iterable[str], settings: Settings, *, at_station: bool = False
 ) -> ContainerJob:
     """The container in which a train answers. `at_station`: with what the station gives, as when it runs."""
-    return _job(
-        visit, workspace, image, argv, settings, at_station=at_station, writable=False, timeout=_ASK_SECONDS
-    )
+    return _job(visit, workspace, image, argv, settings, at_station=at_station, writable=False, timeout=_ASK_SECONDS)
 
 
 def run_job(visit: Visit, workspace: Workspace, image: str, argv: Iterable[str], settings: Settings) -> ContainerJob:
     """The container in which the train runs. It may write anywhere in its own files: that is what travels on."""
-    return _job(
-        visit, workspace, image, argv, settings, at_station=True, writable=True, timeout=visit.station.timeout_seconds
-    )
+    return _job(visit, workspace, image, argv, settings, at_station=True, writable=True, timeout=visit.station.timeout_seconds)
 
 
 def _job(
@@ -221,7 +228,9 @@ def refused_by_policy(visit: Visit, response: RunResponse, brings: int) -> str:
     return ""
 
 
-def judge_run(train: str, exit: ContainerExit, answer: RunResponse | ProtocolError, failed: AlgorithmFailed | None) -> OasisError | None:
+def judge_run(
+    train: str, exit: ContainerExit, answer: RunResponse | ProtocolError, failed: AlgorithmFailed | None
+) -> OasisError | None:
     """What a run that did not succeed ends with; `None` where it did.
 
     An exit code alone is no verdict, for the reference library ends with 0 on failure; nor is the train's word alone.
@@ -238,7 +247,9 @@ def judge_run(train: str, exit: ContainerExit, answer: RunResponse | ProtocolErr
             f"made it what this end of its algorithm means. It said: {said}"
         )
     if answer.state is TrainState.FAILURE:
-        return TrainFailed(f"The train {train} says that it failed. Read its log, and correct the train or what it was given. It said: {said}")
+        return TrainFailed(
+            f"The train {train} says that it failed. Read its log, and correct the train or what it was given. It said: {said}"
+        )
     if exit.exit_code != 0:
         return TrainFailed(
             f"The train {train} says that it succeeded, and ended with exit code {exit.exit_code}. Correct the train: both must "

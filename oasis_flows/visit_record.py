@@ -82,7 +82,7 @@ def _mounts(force: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def totals(difference: Difference) -> dict[str, Any]:
     """A difference in numbers, and the digest of its lines."""
     counts = {str(kind): difference.count(kind) for kind in Kind}
-    return {"sha256": hashlib.sha256(difference.lines()).hexdigest(), "bytes": difference.bytes, **counts}
+    return {"sha256": hashlib.sha256(difference.lines()).hexdigest(), "bytes": difference.size, **counts}
 
 
 def show(visit: Visit, difference: Difference) -> None:
@@ -97,20 +97,25 @@ def show(visit: Visit, difference: Difference) -> None:
 def in_words(difference: Difference) -> str:
     """A difference in one line."""
     counts = [f"{number} {kind}" for kind in Kind if (number := difference.count(kind))]
-    return f"{', '.join(counts) or 'nothing'}; {human_bytes(difference.bytes)}"
+    return f"{', '.join(counts) or 'nothing'}; {human_bytes(difference.size)}"
 
 
 def details(visit: Visit, results: Mapping[str, Sequence[Result]], difference: Difference | None) -> str:
     """The part of the run's page about the visit, in Markdown."""
-    parts = [f"| | |\n|---|---|\n| Train | `{visit.image}` |\n| Station | `{visit.station_name}` ({visit.station.station_id}) |"]
+    parts = [
+        f"| | |\n|---|---|\n| Train | `{visit.image}` |\n| Station | `{visit.station_name}` ({visit.station.station_id}) |"
+    ]
     rows = [
-        f"| `{result.name}` | {who} | {'met' if result.met else 'not met'} |" for who, found in results.items() for result in found
+        f"| `{result.name}` | {who} | {'met' if result.met else 'not met'} |"
+        for who, found in results.items()
+        for result in found
     ]
     if rows:
         parts += ["### Requirements", "| requirement | checked by | |\n|---|---|---|\n" + "\n".join(rows)]
     if difference is not None:
         changes = "\n".join(
-            f"| `/{change.path.replace('|', '')}` | {change.kind} | {human_bytes(change.bytes)} |" for change in difference.changes[:50]
+            f"| `/{change.path.replace('|', '')}` | {change.kind} | {human_bytes(change.bytes)} |"
+            for change in difference.changes[:50]
         )
         parts += [f"### What leaves: {in_words(difference)}", f"| file | change | size |\n|---|---|---|\n{changes}"]
         if len(difference.changes) > 50:
@@ -189,7 +194,9 @@ def verify_folder(folder: Path, trusted: Mapping[str, Sequence[str]]) -> tuple[F
             "was taken away."
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ChainBroken(f"A file in {folder} cannot be read: somebody changed it. The cause: {type(error).__name__}: {error}") from None
+        raise ChainBroken(
+            f"A file in {folder} cannot be read: somebody changed it. The cause: {type(error).__name__}: {error}"
+        ) from None
     findings = lineage.verify(lineage.read(text), trusted)
     if not findings:
         raise ChainBroken(f"The chain in {folder} has no link. Somebody took them out.")

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 from prefect import task
@@ -76,29 +75,40 @@ def prepare_train(visit: Visit, settings: Settings) -> Train:
         TrainRefused: it does not; where the image's name tells so, nothing was fetched.
         ChainBroken: the record that the policy demands does not hold.
     """
-    engine, policy = image_engine(settings), visit.station.policy
+    arrived = prepare(visit, settings)
+    get_run_logger().info("The train is %s, after %d visits.", arrived.image, len(arrived.chain))
+    return arrived
+
+
+def prepare(visit: Visit, settings: Settings) -> Train:
+    """As the task, outside a run."""
+    engine = image_engine(settings)
     if allowed(visit) is False:
         raise _not_allowed(visit)
     fetched = engine.content(visit.image) is None
     image = engine.prepare(ImageSource(image_id=visit.image, login=login_for(visit)))
     try:
-        content = engine.content(image)
-        if content is None:
-            raise ImageNotFound(f"The image {image} is no longer in the engine. Somebody removed it meanwhile; run it again.")
-        if not allowed(visit, [image.rpartition("@")[2]]):
-            raise _not_allowed(visit)
-        chain = lineage.read(content.chain)
-        if policy.require_signature and not chain:
-            raise TrainRefused(
-                f"The train {visit.train} comes without any record, and the policy of station {visit.station_name} demands one. "
-                "Let it visit a trusted station first."
-            )
+        content, chain = _let_in(visit, image, engine)
     except BaseException:
         if fetched:
             engine.forget(visit.image)
         raise
-    get_run_logger().info("The train is %s, after %d visits.", image, len(chain))
     return Train(image=image, content=content, chain=chain, fetched=fetched)
+
+
+def _let_in(visit: Visit, image: str, engine: ImageEngine) -> tuple[Content, tuple[Envelope, ...]]:
+    content = engine.content(image)
+    if content is None:
+        raise ImageNotFound(f"The image {image} is no longer in the engine. Somebody removed it meanwhile; run it again.")
+    if not allowed(visit, [image.rpartition("@")[2]]):
+        raise _not_allowed(visit)
+    chain = lineage.read(content.chain)
+    if visit.station.policy.require_signature and not chain:
+        raise TrainRefused(
+            f"The train {visit.train} comes without any record, and the policy of station {visit.station_name} demands one. "
+            "Let it visit a trusted station first."
+        )
+    return content, chain
 
 
 def _not_allowed(visit: Visit) -> TrainRefused:
@@ -248,7 +258,8 @@ def run_train(visit: Visit, train: Train, generation: Generation, workspace: Wor
             response = protocol.read_run(answer)
             if judge_run(visit.train, exit, response, None) is None and exit.reason is Reason.OK:
                 found.append(answer)
-                _keep(visit, train, response, engine, job, files, workspace)
+                hidden = (*visit.mounted, *cast(Mapping[str, str], exit.in_force.get("tmpfs") or {}))
+                _keep(visit, response, engine, job, files, workspace, hidden)
 
         exit = _supervised(visit, engine, job, stdout, workspace, at_end)
         if not found:
@@ -257,7 +268,9 @@ def run_train(visit: Visit, train: Train, generation: Generation, workspace: Wor
         workspace.mark_done(MARKER_RUN, {"exit": exit.to_json(), "answer": found[0], "seconds": seconds})
         done = workspace.done(MARKER_RUN) or {}
     kept = Difference.from_lines((workspace.path / DIFFERENCE).read_bytes())
-    return Ended(exit=ContainerExit.from_json(done["exit"]), argv=argv, answer=protocol.read_run(done["answer"]), difference=kept)
+    return Ended(
+        exit=ContainerExit.from_json(done["exit"]), argv=argv, answer=protocol.read_run(done["answer"]), difference=kept
+    )
 
 
 def _supervised(
@@ -301,22 +314,22 @@ def _verdict(visit: Visit, exit: ContainerExit, stdout: _Stdout, workspace: Work
         disk_free_bytes=workspace.disk_free_bytes(),
     )
     failed = None if exit.reason is Reason.OK else failure(judge(case), exit, str(workspace.log))
-    error = judge_run(visit.train, exit, answer, failed)
-    assert error is not None  # noqa: S101 - a success was kept
-    error.args = (log.redact(str(error), visit.secrets.values()), *error.args[1:])
-    return error
+    verdict = judge_run(visit.train, exit, answer, failed)
+    assert verdict is not None  # noqa: S101 - a success was kept
+    verdict.args = (log.redact(str(verdict), visit.secrets.values()), *verdict.args[1:])
+    return verdict
 
 
 def _keep(
     visit: Visit,
-    train: Train,
     answer: RunResponse,
     engine: ImageEngine,
     job: ContainerJob,
     files: Files,
     workspace: Workspace,
+    hidden: Sequence[str],
 ) -> None:
-    """Write down what would travel: the difference, and the layer that makes it."""
+    """Write down what would travel: the difference, without the places that were `hidden` by mounts; and the layer that makes it."""
     with engine.files(job) as stream:
         before = differences.listing(stream)
     with files() as stream:
@@ -324,9 +337,11 @@ def _keep(
     if answer.rebase is not None:
         found = differences.exported(before, after, answer.rebase.files)
     else:
-        found = differences.compare(before, after, visit.mounted)
-    if refusal := refused_by_policy(visit, answer, found.bytes):
-        raise TrainRefused(f"The train {visit.train} {refusal}. Nothing of it leaves. Change the policy, or ask for another train.")
+        found = differences.compare(before, after, hidden)
+    if refusal := refused_by_policy(visit, answer, found.size):
+        raise TrainRefused(
+            f"The train {visit.train} {refusal}. Nothing of it leaves. Change the policy, or ask for another train."
+        )
     with files() as stream, (workspace.path / LAYER).open("wb") as layer:
         differences.write_layer(stream, layer, found, visit.secrets)
     (workspace.path / DIFFERENCE).write_bytes(found.lines())
@@ -349,18 +364,20 @@ def draft_successor(visit: Visit, train: Train, ended: Ended, workspace: Workspa
 
 @task(**TRANSFER)
 @step("summarise_model")
-def summarise_model(
-    visit: Visit, generation: Generation, draft: str, workspace: Workspace, settings: Settings
-) -> str | None:
+def summarise_model(visit: Visit, generation: Generation, draft: str, workspace: Workspace, settings: Settings) -> str | None:
     """Ask the successor for the summary of its model; `None` where it has none to give."""
-    argv = protocol.argv(generation, Question.SUMMARY, station_id=visit.station.station_id)
     try:
-        answer = _asked(visit, draft, argv, Question.SUMMARY, workspace, settings)
-        summary = protocol.read_summary(generation, answer)
+        return summarise(visit, generation, draft, workspace, settings)
     except ProtocolError as error:
         get_run_logger().warning("The successor gives no summary of its model. %s", error)
         return None
-    return log.redact(summary, visit.secrets.values())
+
+
+def summarise(visit: Visit, generation: Generation, image: str, workspace: Workspace, settings: Settings) -> str:
+    """The summary of the model in an image; raises `ProtocolError` where it gives none."""
+    argv = protocol.argv(generation, Question.SUMMARY, station_id=visit.station.station_id)
+    answer = _asked(visit, image, argv, Question.SUMMARY, workspace, settings)
+    return log.redact(protocol.read_summary(generation, answer), visit.secrets.values())
 
 
 @task(**TRANSFER)
@@ -480,8 +497,3 @@ def _response_file(workspace: Workspace) -> bytes:
 def results_json(results: Sequence[Result], *, reasons: bool) -> list[dict[str, Any]]:
     """Results as JSON. Reasons are the train's words, and stay at the station."""
     return [asdict(result) if reasons else {"name": result.name, "met": result.met} for result in results]
-
-
-def path_of(workspace: Workspace, name: str) -> Path:
-    """A file of the visit in the workspace."""
-    return workspace.path / name

@@ -126,10 +126,16 @@ def push_error(reference: str, words: str, *, with_login: bool) -> OasisError:
     said = f" The engine said: {words}"
     if _DENIED.search(words):
         what = "these credentials" if with_login else "to take it without a login"
-        advice = "Correct the user name, the password or the rights behind registry_credentials" if with_login else "Give registry_credentials"
+        advice = (
+            "Correct the user name, the password or the rights behind registry_credentials"
+            if with_login
+            else "Give registry_credentials"
+        )
         return ImageDenied(f"The registry of {reference} refuses {what}. {advice} in the Station document.{said}")
     if _BAD_NAME.search(words):
-        return ImageNotFound(f"{reference!r} is not a name that an image can have. Correct `registry` in the Station document.{said}")
+        return ImageNotFound(
+            f"{reference!r} is not a name that an image can have. Correct `registry` in the Station document.{said}"
+        )
     if _REGISTRY_AWAY.search(words):
         return RegistryUnavailable(
             f"The registry of {reference} did not answer. Check its name and the network of the engine.{said}"

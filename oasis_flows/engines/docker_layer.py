@@ -122,7 +122,13 @@ def _extended(config: Mapping[str, Any], change: Change, layer: str) -> dict[str
     history = [*(config.get("history") or ()), {"created": now, "created_by": "oasis-flows"}]
     platform = {key: config[key] for key in ("architecture", "os", "os.version", "variant") if key in config}
     rootfs = {"type": "layers", "diff_ids": [*config["rootfs"]["diff_ids"], layer]}
-    return {**platform, "created": now, "config": dict(change(config.get("config") or {})), "rootfs": rootfs, "history": history}
+    return {
+        **platform,
+        "created": now,
+        "config": dict(change(config.get("config") or {})),
+        "rootfs": rootfs,
+        "history": history,
+    }
 
 
 def _load(api: Any, stream: Iterator[bytes], label: str) -> None:

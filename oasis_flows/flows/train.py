@@ -19,7 +19,9 @@ from ..documents import document_flow, patiently
 from ..errors import EngineError, OasisError, TrainRefused
 from ..job import Reason
 from ..lifecycle import clean_up, mark, owned_workspace
+from ..lineage import Content, Envelope
 from ..machine import image_engine
+from ..protocol import Description
 from ..reaper import LABEL_OUTPUT
 from ..record import Account
 from ..reporting import failed, succeeded
@@ -122,24 +124,8 @@ def train(
             account.details = visit_record.details(visit, results, ended.difference)
             visit_record.show(visit, ended.difference)
             approval = _approved(visit, ended, workspace)
-            draft, base = draft_successor(visit, arrived, ended, workspace, here)
-            owned.callback(_drop, draft, here)
-            summary = summarise_model(visit, description.generation, draft, workspace, here)
-            names = successors(visit, ended.answer.tags, len(arrived.chain) + 1)
-            content = image_engine(here).content(draft)
-            assert content is not None  # noqa: S101 - it was made just now
-            signed = lineage.sign(
-                visit_record.link(
-                    visit, arrived, description, results, ended, successor=content, names=names, base=base, summary=summary
-                ),
-                patiently(lambda: signing_key(visit.station_name, visit.station.signing_key, here)),
-            )
-            chain = (*arrived.chain, signed)
-            draft = seal_successor(visit, arrived, base, chain, workspace, here)
-            sealed = image_engine(here).content(draft)
-            if sealed is None or sealed.digest != content.digest:
-                raise EngineError("The engine made another image than it was asked for. Nothing was pushed; see its own log.")
-            pushed = push_successor(visit, draft, names, here)
+            sealed = _sealed(visit, arrived, description, results, ended, workspace, here, owned)
+            pushed = push_successor(visit, sealed.draft, sealed.names, here)
             verdict = _left(visit, pushed)
             visit_record.keep(
                 record,
@@ -148,9 +134,9 @@ def train(
                 workspace,
                 results=results,
                 ended=ended,
-                chain=chain,
-                successor=sealed,
-                summary=summary,
+                chain=sealed.chain,
+                successor=sealed.content,
+                summary=sealed.summary,
                 pushed=pushed,
                 approval=approval,
             )
@@ -160,6 +146,52 @@ def train(
             return cast(Successor, failed(error, account))
         succeeded(account, verdict)
         return Successor(pushed, str(record))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sealed:
+    """A successor with its record in it, in the engine."""
+
+    draft: str
+    content: Content
+    chain: tuple[Envelope, ...]
+    names: tuple[str, ...]
+    summary: str | None
+
+
+def _sealed(
+    visit: Visit,
+    arrived: Train,
+    description: Description,
+    results: Mapping[str, Sequence[Result]],
+    ended: Ended,
+    workspace: Workspace,
+    here: Settings,
+    owned: ExitStack,
+) -> _Sealed:
+    """Make the successor: first without its record, which has to say what its model is and what it consists of."""
+    draft, base = draft_successor(visit, arrived, ended, workspace, here)
+    owned.callback(_drop, draft, here)
+    summary = summarise_model(visit, description.generation, draft, workspace, here)
+    names = successors(visit, ended.answer.tags, len(arrived.chain) + 1)
+    content = _content(draft, here)
+    link = visit_record.link(
+        visit, arrived, description, results, ended, successor=content, names=names, base=base, summary=summary
+    )
+    key = patiently(lambda: signing_key(visit.station_name, visit.station.signing_key, here))
+    chain = (*arrived.chain, lineage.sign(link, key))
+    draft = seal_successor(visit, arrived, base, chain, workspace, here)
+    sealed = _content(draft, here)
+    if sealed.digest != content.digest:
+        raise EngineError("The engine made another image than it was asked for. Nothing was pushed; see its own log.")
+    return _Sealed(draft, sealed, chain, names, summary)
+
+
+def _content(image: str, here: Settings) -> Content:
+    found = image_engine(here).content(image)
+    if found is None:
+        raise EngineError(f"The engine lost the image {image} that it had just made. Run it again; see its own log.")
+    return found
 
 
 def _believe(visit: Visit, arrived: Train, here: Settings) -> None:
