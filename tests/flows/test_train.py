@@ -19,11 +19,13 @@ from prefect_docker.credentials import DockerRegistryCredentials
 from oasis_flows import lineage, settings, visit_record
 from oasis_flows.__main__ import main
 from oasis_flows.blocks import Station
+from oasis_flows.engines.docker_layer import DRAFTS, _place
 from oasis_flows.engines.docker_spec import LEASE, PACKAGE, PACKAGE_NAME
+from oasis_flows.errors import AlgorithmFailed, ChainBroken, ProtocolError, TrainFailed, TrainRefused, TrainStopped
 from oasis_flows.flows.train import train
 from oasis_flows.station_keys import signing_key, trusted
 from tests.servers.registry import Registry
-from tests.trains import MODEL, one, train_image, v1
+from tests.trains import ADD, MODEL, SUCCESS, ended, one, train_image, v1
 
 SECRET = "s3cret-of-the-station"
 URL = "https://data.example.org/fhir-of-this-station"
