@@ -59,6 +59,10 @@ def visit(image: str, station: Station | str, **changes: Any) -> State[Any]:
     return train(image, station, return_state=True, **changes)  # type: ignore[return-value]
 
 
+def error_of(state: State[Any]) -> Any:
+    return state.result(raise_on_failure=False)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(docker_api: Any, here: Path, request: pytest.FixtureRequest) -> Iterator[None]:
     """No container, draft, workspace or image of a test's visits outlives it."""
@@ -122,7 +126,7 @@ def test_a_login_is_used_and_not_written_down(docker_api, image, station, privat
     place, name = f"{private_registry.address}/trains", image(v1())
     refused = visit(name, station(registry=place), api="V1")
     assert refused.is_failed()
-    assert "Give registry_credentials in the Station document" in str(refused.data)
+    assert "Give registry_credentials in the Station document" in str(error_of(refused))
     credentials = DockerRegistryCredentials(username=login.username, password=login.password, registry_url=login.registry)
     credentials.save("trains", overwrite=True)
 
@@ -186,7 +190,7 @@ def test_a_bad_train(image, station, here, monkeypatch, run, kind, why):
     state = visit(image(v1(run)), station(**limit), api="V1")
 
     assert state.is_failed()
-    error = state.data
+    error = error_of(state)
     assert type(error) is kind, error
     assert re.search(why, str(error), re.DOTALL), error
     assert SECRET not in str(error)
@@ -227,8 +231,8 @@ def test_a_refused_train(image, station, here, changes, why):
     state = visit(image(v1()), station(**changes), api="V1")
 
     assert state.is_failed()
-    assert isinstance(state.data, TrainRefused)
-    assert re.search(why, str(state.data)), state.data
+    assert isinstance(error_of(state), TrainRefused)
+    assert re.search(why, str(error_of(state))), error_of(state)
     ran = "demand_rebase" in str(changes) or "max_size" in str(changes)
     assert [path.name for path in (here / "trains").rglob("record.json")] == (["record.json"] if ran else [])
 
@@ -313,8 +317,8 @@ def test_a_train_whose_record_was_tampered_with_is_not_let_in(docker_api, image,
         docker_api.remove_container(changed["Id"])
         third = visit(forged, given, api="V1")
         docker_api.remove_image(forged)
-        assert isinstance(third.data, ChainBroken)
-        assert "was changed" in str(third.data)
+        assert isinstance(error_of(third), ChainBroken)
+        assert "was changed" in str(error_of(third))
     finally:
         docker_api.remove_image(first.image, force=True)
 
