@@ -161,7 +161,7 @@ def write_layer(stream: IO[bytes], layer: IO[bytes], difference: Difference, sec
     wanted = {change.path for change in difference.changes if change.kind is not Kind.REMOVED}
     above = {parent for path in wanted for parent in _parents(path)} - wanted
     gone = {change.path for change in difference.changes if change.kind is Kind.REMOVED}
-    searched = {name: value.encode() for name, value in secrets.items() if len(value.encode()) >= LEAST_SECRET_BYTES}
+    searched = {name: value.encode() for name, value in secrets.items() if searchable(value)}
     first_names: dict[str, str] = {}
     with tarfile.open(fileobj=layer, mode="w", format=tarfile.PAX_FORMAT) as out:
         for path in sorted(gone):
@@ -197,6 +197,11 @@ def write_layer(stream: IO[bytes], layer: IO[bytes], difference: Difference, sec
                 out.addfile(plain, _Searching(body, f"/{path}", searched))
             else:
                 out.addfile(plain)
+
+
+def searchable(secret: str) -> bool:
+    """Is the secret long enough to be more than chance where it is found?"""
+    return len(secret.encode()) >= LEAST_SECRET_BYTES
 
 
 class _Searching:

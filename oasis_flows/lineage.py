@@ -178,6 +178,12 @@ def verify(chain: Sequence[Envelope], trusted: Mapping[str, Iterable[str]]) -> t
     return tuple(findings)
 
 
+def own_keys(chain: Sequence[Envelope]) -> dict[str, tuple[str, ...]]:
+    """The keys that the links themselves name: with these, `verify` says that nothing was changed, and nothing of whom to trust."""
+    named = [(_link(envelope, number)["station"]["name"], envelope.key) for number, envelope in enumerate(chain, 1)]
+    return {station: tuple(key for name, key in named if name == station) for station, _ in named}
+
+
 def _check_signature(envelope: Envelope, number: int) -> None:
     try:
         key = Ed25519PublicKey.from_public_bytes(base64.b64decode(envelope.key, validate=True))

@@ -17,7 +17,7 @@ from prefect.logging.loggers import PrefectLogAdapter
 from . import difference as differences, lineage, log, protocol
 from .difference import Difference
 from .engines import Files, ImageEngine
-from .errors import ImageNotFound, OasisError, ProtocolError, TrainRefused
+from .errors import ImageNotFound, OasisError, ProtocolError, TrainFailed, TrainRefused
 from .job import ContainerExit, ContainerJob, ImageSource, Reason, Stream
 from .lineage import Content, Envelope
 from .machine import image_engine
@@ -341,6 +341,12 @@ def _keep(
     if refusal := refused_by_policy(visit, answer, found.size):
         raise TrainRefused(
             f"The train {visit.train} {refusal}. Nothing of it leaves. Change the policy, or ask for another train."
+        )
+    if said := [
+        name for name, value in visit.secrets.items() if differences.searchable(value) and value in " ".join(answer.tags)
+    ]:
+        raise TrainFailed(
+            f"The train named its successor after the station's secret {said[0]}. Nothing travels. Correct the train."
         )
     with files() as stream, (workspace.path / LAYER).open("wb") as layer:
         differences.write_layer(stream, layer, found, visit.secrets)
