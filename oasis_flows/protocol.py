@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -21,6 +21,7 @@ RESPONSE_FILE = "OASIS_RESPONSE_FILE"
 MAX_RESPONSE_BYTES = 4 << 20
 # https://docs.docker.com/reference/cli/docker/image/tag/ and the Train API's own rule, which has no upper case and no "_".
 _TAG = re.compile(r"[a-z0-9][-.a-z0-9]{0,127}")
+_MARKS = re.compile(r'["{}\[\]]')
 _CLIP = 300
 
 
@@ -118,19 +119,47 @@ def response_in_file(content: bytes, question: Question) -> dict[str, Any]:
 
 
 def _suffix(text: str) -> tuple[int, dict[str, Any]] | None:
+    """The JSON object that ends where the text does, and where it begins."""
+    start = _beginning(text)
+    if start is None:
+        return None
+    try:
+        value, end = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None
+    return (start, value) if end == len(text) else None
+
+
+def _beginning(text: str) -> int | None:
+    """Where an object that ends with the text would have to begin: the brace that closes the last one, read from the right.
+
+    From the right there is only one way to read JSON: outside of a string a quote ends one, and inside one a quote with an even
+    number of backslashes before it begins the string. So each letter is looked at once, whatever a train printed.
+    """
     if not text.endswith("}"):
         return None
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
-    at = text.rfind("{")
-    while at >= 0:
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            end = -1
-        if end == len(text):
-            return at, value
-        at = text.rfind("{", 0, at)
+    depth, inside = 0, False
+    for at in _marks_from_the_right(text):
+        letter = text[at]
+        if letter == '"':
+            inside = not inside or _is_escaped(text, at)
+        elif not inside:
+            depth += 1 if letter in "}]" else -1
+            if depth == 0:
+                return at if letter == "{" else None
     return None
+
+
+def _marks_from_the_right(text: str, piece: int = 1 << 16) -> Iterator[int]:
+    for end in range(len(text), 0, -piece):
+        yield from reversed([found.start() for found in _MARKS.finditer(text, max(0, end - piece), end)])
+
+
+def _is_escaped(text: str, at: int) -> bool:
+    before = at
+    while before and text[before - 1] == "\\":
+        before -= 1
+    return (at - before) % 2 == 1
 
 
 def _no_constant(name: str) -> None:

@@ -90,6 +90,8 @@ def plan_visit(
     """
     if not re.fullmatch(r"[^\s@:/][^\s]*", image) or "://" in image:
         raise DescriptionError(f"{image!r} is no train. Write its image as for `docker pull`: registry/name:tag.")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", repository_of(image).rpartition("/")[2]):
+        raise DescriptionError(f"{image!r} is no train: its name has to be of lower-case letters, digits, dots, dashes and _.")
     return Visit(
         run_id=run_id,
         attempt=attempt,
@@ -116,13 +118,13 @@ def _storages(station: Station, settings: Settings) -> tuple[StorageMount, ...]:
     return tuple(found)
 
 
-def login_for(visit: Visit) -> RegistryLogin | None:
-    """The login that fetches the train: the station's, where it is for the registry that the train comes from."""
+def login_for(visit: Visit, image: str) -> RegistryLogin | None:
+    """The login that fetches an image: the station's, where it is for the registry that the image comes from."""
     login = visit.login
     if login is None or not login.registry:
         return login
     given = re.sub(r"^https?://", "", login.registry).split("/")[0]
-    return login if visit.image.startswith(f"{given}/") else None
+    return login if image.startswith(f"{given}/") else None
 
 
 def question_job(
@@ -191,9 +193,9 @@ def probe(visit: Visit) -> Probe:
     return look
 
 
-def allowed(visit: Visit, digests: Iterable[str] | None = None) -> bool | None:
-    """Does the policy let this image run? `None` where that cannot be said before its digests are known."""
-    patterns, image = visit.station.policy.allowed_images, visit.image
+def allowed(visit: Visit, image: str, digests: Iterable[str] | None = None) -> bool | None:
+    """Does the policy allow an image: the train's, or a base? `None` where that cannot be said before its digests are known."""
+    patterns = visit.station.policy.allowed_images
     wanted = {pattern for pattern in patterns if re.fullmatch(r"(.*@)?sha256:[0-9a-f]{64}", pattern)}
     names = {image, image.partition("@")[0], repository_of(image)}
     if not patterns or any(fnmatchcase(name, pattern) for name in names for pattern in patterns):

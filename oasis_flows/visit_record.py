@@ -24,6 +24,7 @@ from .visit import Visit
 from .visiting import DIFFERENCE, Ended, Train, results_json
 from .workspace import Workspace, room_for
 
+_SHOWN = 50
 CHAIN, IMAGE, SUMMARY, CHANGES, RECORD, LOG = "chain.json", "image.json", "summary.txt", DIFFERENCE, "record.json", "log.txt"
 # Of the sandbox as the engine had it in force, what other stations may know: nothing of the machine's own paths and names.
 _TOLD = (
@@ -79,6 +80,12 @@ def _mounts(force: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return list(force.get("mounts") or ())
 
 
+def _plain(path: str) -> str:
+    """A train's words as they are: none of them can end a table's cell, or look like one more row."""
+    text = path if path.isprintable() else repr(path)[1:-1]
+    return f"`{text.replace('`', chr(39)).replace('|', '¦')}`"
+
+
 def totals(difference: Difference) -> dict[str, Any]:
     """A difference in numbers, and the digest of its lines."""
     counts = {str(kind): difference.count(kind) for kind in Kind}
@@ -88,7 +95,7 @@ def totals(difference: Difference) -> dict[str, Any]:
 def show(visit: Visit, difference: Difference) -> None:
     """Show in Prefect what would leave the station."""
     rows = [
-        {"file": f"/{change.path}", "change": str(change.kind), "size": human_bytes(change.bytes)}
+        {"file": _plain(f"/{change.path}").strip("`"), "change": str(change.kind), "size": human_bytes(change.bytes)}
         for change in difference.changes[:MOST_FILES]
     ]
     show_difference(rows, f"What the train {visit.train} carries away from {visit.station_name}: {in_words(difference)}.")
@@ -100,11 +107,16 @@ def in_words(difference: Difference) -> str:
     return f"{', '.join(counts) or 'nothing'}; {human_bytes(difference.size)}"
 
 
-def details(visit: Visit, results: Mapping[str, Sequence[Result]], difference: Difference | None) -> str:
+def details(visit: Visit, results: Mapping[str, Sequence[Result]], ended: Ended) -> str:
     """The part of the run's page about the visit, in Markdown."""
-    parts = [
-        f"| | |\n|---|---|\n| Train | `{visit.image}` |\n| Station | `{visit.station_name}` ({visit.station.station_id}) |"
-    ]
+    difference, rebase = ended.difference, ended.answer.rebase
+    way = f"the files below, on the base {_plain(rebase.base)}" if rebase else "all that it changed in its own files"
+    facts = (
+        ("Train", f"`{visit.image}`"),
+        ("Station", f"`{visit.station_name}` ({visit.station.station_id})"),
+        ("What travels", way),
+    )
+    parts = ["| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in facts)]
     rows = [
         f"| `{result.name}` | {who} | {'met' if result.met else 'not met'} |"
         for who, found in results.items()
@@ -112,14 +124,13 @@ def details(visit: Visit, results: Mapping[str, Sequence[Result]], difference: D
     ]
     if rows:
         parts += ["### Requirements", "| requirement | checked by | |\n|---|---|---|\n" + "\n".join(rows)]
-    if difference is not None:
-        changes = "\n".join(
-            f"| `/{change.path.replace('|', '')}` | {change.kind} | {human_bytes(change.bytes)} |"
-            for change in difference.changes[:50]
-        )
-        parts += [f"### What leaves: {in_words(difference)}", f"| file | change | size |\n|---|---|---|\n{changes}"]
-        if len(difference.changes) > 50:
-            parts += [f"{counted(len(difference.changes) - 50, 'change')} more: see the artifact of all."]
+    changes = "\n".join(
+        f"| {_plain(f'/{change.path}')} | {change.kind} | {human_bytes(change.bytes)} |"
+        for change in difference.changes[:_SHOWN]
+    )
+    parts += [f"### What leaves: {in_words(difference)}", f"| file | change | size |\n|---|---|---|\n{changes}"]
+    if len(difference.changes) > _SHOWN:
+        parts += [f"{counted(len(difference.changes) - _SHOWN, 'change')} more."]
     return "\n\n".join(parts)
 
 

@@ -66,6 +66,15 @@ class Ended:
     difference: Difference
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A successor without its record, the base that it is built on, by digest, and that base's name where the visit fetched it."""
+
+    name: str
+    base: str
+    fetched: str | None
+
+
 @task(**TRANSFER)
 @step("prepare_train")
 def prepare_train(visit: Visit, settings: Settings) -> Train:
@@ -83,10 +92,10 @@ def prepare_train(visit: Visit, settings: Settings) -> Train:
 def prepare(visit: Visit, settings: Settings) -> Train:
     """As the task, outside a run."""
     engine = image_engine(settings)
-    if allowed(visit) is False:
-        raise _not_allowed(visit)
+    if allowed(visit, visit.image) is False:
+        raise _not_allowed(visit, visit.image)
     fetched = engine.content(visit.image) is None
-    image = engine.prepare(ImageSource(image_id=visit.image, login=login_for(visit)))
+    image = engine.prepare(ImageSource(image_id=visit.image, login=login_for(visit, visit.image)))
     try:
         content, chain = _let_in(visit, image, engine)
     except BaseException:
@@ -100,8 +109,8 @@ def _let_in(visit: Visit, image: str, engine: ImageEngine) -> tuple[Content, tup
     content = engine.content(image)
     if content is None:
         raise ImageNotFound(f"The image {image} is no longer in the engine. Somebody removed it meanwhile; run it again.")
-    if not allowed(visit, [image.rpartition("@")[2]]):
-        raise _not_allowed(visit)
+    if not allowed(visit, visit.image, [image.rpartition("@")[2]]):
+        raise _not_allowed(visit, visit.image)
     chain = lineage.read(content.chain)
     if visit.station.policy.require_signature and not chain:
         raise TrainRefused(
@@ -111,10 +120,10 @@ def _let_in(visit: Visit, image: str, engine: ImageEngine) -> tuple[Content, tup
     return content, chain
 
 
-def _not_allowed(visit: Visit) -> TrainRefused:
+def _not_allowed(visit: Visit, image: str) -> TrainRefused:
     patterns = ", ".join(visit.station.policy.allowed_images)
     return TrainRefused(
-        f"The policy of station {visit.station_name} does not let the train {visit.image} in. Nothing of it was run. Correct "
+        f"The policy of station {visit.station_name} does not allow the image {image}. Nothing of it was run. Correct "
         f"`policy.allowed_images` of the Station document, which lists: {patterns}."
     )
 
@@ -355,17 +364,23 @@ def _keep(
 
 @task(**TRANSFER)
 @step("draft_successor")
-def draft_successor(visit: Visit, train: Train, ended: Ended, workspace: Workspace, settings: Settings) -> tuple[str, str]:
-    """Make the successor without its record; return the draft, and the base that it is built on, by digest."""
-    engine = image_engine(settings)
-    base = train.image
-    if ended.answer.rebase is not None:
-        base = engine.prepare(ImageSource(image_id=ended.answer.rebase.base, login=None))
+def draft_successor(visit: Visit, train: Train, ended: Ended, workspace: Workspace, settings: Settings) -> Draft:
+    """Make the successor without its record."""
+    engine, rebase = image_engine(settings), ended.answer.rebase
+    base, fetched = train.image, None
+    if rebase is not None:
+        # A base is all of an image that would travel: one of the engine's others is not for every train to take along.
+        fetched = rebase.base if engine.content(rebase.base) is None else None
+        base = engine.prepare(ImageSource(image_id=rebase.base, login=login_for(visit, rebase.base)))
+        if not allowed(visit, rebase.base, [base.rpartition("@")[2]]):
+            if fetched:
+                engine.forget(fetched)
+            raise _not_allowed(visit, rebase.base)
 
     def change(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return lineage.labelled(config, _labels(visit, train, workspace))
 
-    return engine.extend(base, workspace.path / LAYER, change, workspace.lease), base
+    return Draft(engine.extend(base, workspace.path / LAYER, change, workspace.lease), base, fetched)
 
 
 @task(**TRANSFER)

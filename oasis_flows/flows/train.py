@@ -31,6 +31,7 @@ from ..station_keys import signing_key, trusted
 from ..verdict import Verdict, judge
 from ..visit import Visit, plan_visit, successors
 from ..visiting import (
+    DIFFERENCE,
     Ended,
     Train,
     check_station,
@@ -114,14 +115,14 @@ def train(
             record = here.trains / "records" / visit.train / visit.run_id
             mark([f"train:{visit.train}", f"station:{visit.station_name}"], {LABEL_OUTPUT: str(record)})
             arrived = prepare_train(visit, here)
-            owned.callback(_forget, visit, arrived, here)
+            owned.callback(_drop, visit.image if arrived.fetched else None, here)
             _believe(visit, arrived, here)
             description = describe_train(visit, arrived, workspace, here)
             results["station"] = check_station(visit, description)
             results["train"] = check_train(visit, arrived, description, workspace, here)
             ended = run_train(visit, arrived, description.generation, workspace, here)
             account.exit = ended.exit
-            account.details = visit_record.details(visit, results, ended.difference)
+            account.details = visit_record.details(visit, results, ended)
             visit_record.show(visit, ended.difference)
             approval = _approved(visit, ended, workspace)
             sealed = _sealed(visit, arrived, description, results, ended, workspace, here, owned)
@@ -170,21 +171,22 @@ def _sealed(
     owned: ExitStack,
 ) -> _Sealed:
     """Make the successor: first without its record, which has to say what its model is and what it consists of."""
-    draft, base = draft_successor(visit, arrived, ended, workspace, here)
-    owned.callback(_drop, draft, here)
-    summary = summarise_model(visit, description.generation, draft, workspace, here)
+    draft = draft_successor(visit, arrived, ended, workspace, here)
+    for name in (draft.name, draft.fetched):
+        owned.callback(_drop, name, here)
+    summary = summarise_model(visit, description.generation, draft.name, workspace, here)
     names = successors(visit, ended.answer.tags, len(arrived.chain) + 1)
-    content = _content(draft, here)
+    content = _content(draft.name, here)
     link = visit_record.link(
-        visit, arrived, description, results, ended, successor=content, names=names, base=base, summary=summary
+        visit, arrived, description, results, ended, successor=content, names=names, base=draft.base, summary=summary
     )
     key = patiently(lambda: signing_key(visit.station_name, visit.station.signing_key, here))
     chain = (*arrived.chain, lineage.sign(link, key))
-    draft = seal_successor(visit, arrived, base, chain, workspace, here)
-    sealed = _content(draft, here)
+    final = seal_successor(visit, arrived, draft.base, chain, workspace, here)
+    sealed = _content(final, here)
     if sealed.digest != content.digest:
         raise EngineError("The engine made another image than it was asked for. Nothing was pushed; see its own log.")
-    return _Sealed(draft, sealed, chain, names, summary)
+    return _Sealed(final, sealed, chain, names, summary)
 
 
 def _content(image: str, here: Settings) -> Content:
@@ -213,8 +215,11 @@ def _approved(visit: Visit, ended: Ended, workspace: Workspace) -> Mapping[str, 
         return None
     if done := workspace.done(APPROVED):
         return done
-    text = visit_record.details(visit, {}, ended.difference)
-    form = Approval.with_initial_data(description=f"The train waits for your answer. Agree, and this leaves:\n\n{text}")
+    text = visit_record.details(visit, {}, ended)
+    whole = f"All of it, one line of JSON each, at the station: `{workspace.path / DIFFERENCE}`"
+    form = Approval.with_initial_data(
+        description=f"The train waits for your answer. Agree, and this leaves:\n\n{text}\n\n{whole}"
+    )
     try:
         answer = pause_flow_run(wait_for_input=form, timeout=visit.station.policy.approval_seconds, poll_interval=2)
     except FlowPauseTimeout:
@@ -258,13 +263,8 @@ def _keep_failure(
         visit_record.keep(folder, visit, judge(error), workspace, results=results, ended=ended)
 
 
-def _forget(visit: Visit, arrived: Train, here: Settings) -> None:
-    """Take out of the engine what the visit fetched into it."""
-    if arrived.fetched:
+def _drop(image: str | None, here: Settings) -> None:
+    """Take out of the engine what the visit made or fetched there."""
+    if image is not None:
         with suppress(OasisError):
-            image_engine(here).forget(visit.image)
-
-
-def _drop(draft: str, here: Settings) -> None:
-    with suppress(OasisError):
-        image_engine(here).forget(draft)
+            image_engine(here).forget(image)

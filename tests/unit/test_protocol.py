@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from oasis_flows.protocol import (
     Question,
     Rebase,
     TrainState,
+    _suffix,
     argv,
     checked_tag,
     generation_of,
@@ -193,6 +195,27 @@ def test_at_most_one_brace_begins_a_suffix(text):
             continue
 
     assert len(found) <= 1
+
+
+@given(st.text(st.sampled_from('{}[]":,\\ 1a')))
+def test_read_from_the_right_is_read_from_the_left(text):
+    decoder, found = json.JSONDecoder(), None
+    for at in (at for at, letter in enumerate(text.rstrip()) if letter == "{"):
+        try:
+            found = at if decoder.raw_decode(text, at)[1] == len(text.rstrip()) else found
+        except ValueError:
+            continue
+
+    assert (_suffix(text.rstrip()) or (None,))[0] == found
+
+
+@pytest.mark.parametrize("printed", ['{"', '{"}', '{"a":', "{ }", '"\\\\', "{" * 99 + "\n", "[}"])
+def test_nothing_that_a_train_prints_takes_long_to_read(printed: str):
+    began = time.process_time()
+    with pytest.raises(ProtocolError):
+        response((printed * (3_000_000 // len(printed)) + " }}").encode(), RUN)
+
+    assert time.process_time() - began < 20
 
 
 class TestResponseFile:
