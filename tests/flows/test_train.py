@@ -176,7 +176,7 @@ BAD = {
     "exits 4 without a word": ("exit 4", AlgorithmFailed, "ended with exit code 4"),
     "neither": (ended("application", reason="not converged"), TrainStopped, "neither succeeded nor failed. .*not converged"),
     "ignores SIGTERM": ("trap '' TERM; while :; do sleep 1; done", AlgorithmFailed, "time limit"),
-    "a token in its model": (f"echo $PHT_TOKEN > {MODEL}; {SUCCESS}", TrainFailed, "secret PHT_TOKEN into /opt"),
+    "a token in a file": (f"echo x$PHT_TOKEN > /opt/found; {SUCCESS}", TrainFailed, "secret PHT_TOKEN into /opt"),
     "a bad tag": ('echo \'{"success": true, "nextTrainTag": "Bad Tag"}\'', ProtocolError, "which is no tag"),
     "a link as response file": (f"ln -s /etc/passwd $OASIS_RESPONSE_FILE; {SUCCESS}", ProtocolError, "cannot be read"),
 }
@@ -239,7 +239,7 @@ def test_a_refused_train(image, station, here, changes, why):
 
 def test_the_station_s_folder_is_mounted_and_nothing_of_it_travels(docker_api, image, station, tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "patients").write_text("patient")
+    (tmp_path / "data" / "patients").write_text("patient\n")
     run = f"cat /srv/data/patients; touch /srv/data/x 2>/dev/null && echo written; {SUCCESS}"
     given = station(
         environment={"PHT_URL": URL, "PHT_DATA": "/srv/data"},
