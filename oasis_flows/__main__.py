@@ -217,6 +217,8 @@ def _train_parser(train: argparse.ArgumentParser) -> None:
     route.add_argument("--resume", metavar="RUN", help="id or name of an earlier run of this route, to go on where it stopped")
     route.add_argument("--follow", action="store_true", help="show the log while it happens")
     route.set_defaults(action="train_route")
+    for parser in (describe, check, run):
+        parser.add_argument("image", metavar="IMAGE", help="the train's image")
     for parser in (describe, check, run, route):
         parser.add_argument(
             "--api",
