@@ -15,7 +15,7 @@ from .errors import OasisError, UnsafeName
 from .job import ContainerExit, Reason, counted, human_bytes
 from .manifest import Entry, Summary
 from .plan import Plan
-from .verdict import Verdict
+from .verdict import SILENT, Verdict
 
 RECORD_VERSION = 1
 
@@ -148,11 +148,12 @@ def page(account: Account, verdict: Verdict) -> str:
     parts = [f"## {_plain(verdict.sentence.rstrip('.'))}", verdict.advice, verdict.action, f"| | |\n|---|---|\n{table}"]
     if account.details:
         parts += [account.details]
-    elif account.exit is None or account.plan is None:
-        parts += ["### What was seen", _fenced(verdict.evidence)]
-    else:
+        return "\n\n".join(part for part in parts if part) + "\n"
+    if account.exit is not None and account.plan is not None:
         parts += [*_usage(account.exit, account.plan.algorithm.cpus)]
-        parts += ["### The log's last lines", _fenced(account.tail) or "The algorithm wrote nothing to its log."]
+        parts += ["### The log's last lines", _fenced(account.tail) or SILENT]
+    if seen := [line for line in verdict.evidence if line not in account.tail and line != SILENT]:
+        parts += ["### What was seen", _fenced(seen)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
