@@ -190,8 +190,15 @@ def _exit_rows(account: Account, verdict: Verdict) -> list[tuple[str, str]]:
         ("Processors", _processors(exit, plan.algorithm.cpus)),
         ("Peak memory", _peak_memory(exit)),
         ("Refused processes", f"{exit.forks_refused}, by `pids_limit`" if exit.forks_refused else ""),
-        ("Sandbox", f"loosened: {', '.join(loosened(plan))}" if loosened(plan) else "closed"),
+        ("Sandbox", _sandbox(plan, exit)),
     ]
+
+
+def _sandbox(plan: Plan, exit: ContainerExit) -> str:
+    opened = loosened(plan)
+    said = f"loosened: {', '.join(opened)}" if opened else "closed"
+    filtered = exit.in_force.get("system_calls_filtered", True)
+    return said if filtered else f"{said}; the engine filters no system calls (its seccomp is off)"
 
 
 def _processors(exit: ContainerExit, cpus: float) -> str:

@@ -253,7 +253,8 @@ class TestNowhere:
         docker_engine.run(make_job("sh", "-c", script, environment=given, sandbox=Sandbox(network=True)), log)
         assert b"IN\n" in log.text("stdout")
 
-    def test_nothing_is_held_back(self, probed: Probed) -> None:
+    def test_nothing_is_held_back(self, probed: Probed, docker_engine: DockerEngine) -> None:
+        assert docker_engine.describe().system_calls_filtered
         nothing = "0" * 16
         sets = [word for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb") for word in (f"{name}:", nothing)]
         assert probed.said["look: status"].split() == [*sets, "NoNewPrivs:", "1", "Seccomp:", "2"]
