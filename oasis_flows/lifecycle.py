@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ def announce(plan: Plan) -> None:
     mark([f"algorithm:{plan.algorithm_name}", f"dataset:{plan.dataset_name}"], labels)
 
 
-def mark(tags: Iterable[str], labels: Mapping[str, str]) -> None:
+def mark(tags: Sequence[str], labels: Mapping[str, str]) -> None:
     """Add tags and labels to the flow run, and the machine that it is on."""
     run_id = UUID(str(runtime.flow_run.id))
     # What an earlier attempt of this run failed of is no longer so.
@@ -58,7 +58,8 @@ def mark(tags: Iterable[str], labels: Mapping[str, str]) -> None:
 
     def write() -> None:
         with get_client(sync_client=True) as client:
-            client.update_flow_run(run_id, tags=sorted({*earlier, *tags}))
+            if tags:
+                client.update_flow_run(run_id, tags=sorted({*earlier, *tags}))
             client.update_flow_run_labels(run_id, told)
 
     patiently(write)

@@ -186,7 +186,7 @@ def check_station(visit: Visit, description: Description) -> tuple[Result, ...]:
     """
     results, missing = check(visit, description)
     if missing:
-        raise _refused(visit, missing, "it lacks")
+        raise _refused(visit, missing, "")
     return results
 
 
@@ -209,7 +209,7 @@ def check_train(
     """
     results, missing = check_inside(visit, train, description, workspace, settings)
     if missing:
-        raise _refused(visit, missing, "the train itself says")
+        raise _refused(visit, missing, "by its own check, ")
     return results
 
 
@@ -232,7 +232,7 @@ def check_inside(
 
 def _refused(visit: Visit, missing: Sequence[str], who: str) -> TrainRefused:
     return TrainRefused(
-        f"Station {visit.station_name} does not have what the train {visit.train} requires: {who} {', and '.join(missing)}. It "
+        f"Station {visit.station_name} does not have what the train {visit.train} requires: {who}{', and '.join(missing)}. It "
         f"did not run. Set these in `environment`, `secret_environment` or `mounts` of the Station document {visit.station_name}."
     )
 

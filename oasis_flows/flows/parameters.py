@@ -21,7 +21,7 @@ def run_name() -> str:
 def visit_name() -> str:
     """The name of a visit's flow run that begins."""
     given = runtime.flow_run.parameters
-    return f"{str(given.get('image', '?')).rpartition('/')[2][:100]} at {_name_of(given.get('station'))}"
+    return f"{str(given.get('image', '?')).partition('@')[0].rpartition('/')[2][:100]} at {_name_of(given.get('station'))}"
 
 
 def _name_of(value: object) -> str:

@@ -91,6 +91,7 @@ def test_a_ride_over_three_stations(deployed, pools, docker_api, image, home, re
     assert ended == [("leg:1", "Completed"), ("leg:2", "Completed"), ("leg:2", "Failed"), ("leg:3", "Completed")]
     pool_of = {run["tags"][[t.startswith("leg:") for t in run["tags"]].index(True)]: run["work_pool_name"] for run in runs}
     assert pool_of == {f"leg:{n}": POOLS[n - 1] for n in (1, 2, 3)}
+    assert all({"train:", "station:"} <= {tag.partition(":")[0] + ":" for tag in run["tags"]} for run in runs)
     last = next(run for run in runs if "leg:3" in run["tags"])
     folder = Path(last["labels"]["oasis.output"])
     findings = visit_record.verify_folder(folder, trusted(settings.current()))
