@@ -109,29 +109,6 @@ def visit_on_worker(server: PrefectServer, image: str, station: str) -> str:
     return str(server.api(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})["id"])
 
 
-def test_somebody_is_asked_before_anything_leaves(deployed, worker, docker_api, image, home, registry: Registry):
-    name = image(v1())
-    asked = station(1, registry=f"{registry.address}/asked", policy={"hold_for_approval": True})
-    agreed, refused = (visit_on_worker(deployed, name, asked) for _ in range(2))
-    for run_id, answer in ((agreed, True), (refused, False)):
-        paused = deployed.wait_for(run_id, "PAUSED", seconds=240)
-        keyset = paused["state"]["state_details"]["run_input_keyset"]
-        form = json.loads(deployed.api(f"/flow_runs/{run_id}/input/{keyset['schema']}"))
-        assert set(form["properties"]) == {"agree", "comment"}
-        described = json.loads(deployed.api(f"/flow_runs/{run_id}/input/{keyset['description']}"))
-        assert "/opt/pht_train/model/output` | changed" in described
-        assert not list((home / "trains/records").glob(f"*/{run_id}/chain.json"))
-        deployed.api(f"/flow_runs/{run_id}/resume", {"run_input": {"agree": answer, "comment": "because"}})
-    run = deployed.wait_for(agreed, "COMPLETED", "FAILED", seconds=240)
-    assert run["state_type"] == "COMPLETED"
-    record = json.loads((Path(run["labels"]["oasis.output"]) / "record.json").read_text())
-    assert record["approval"] == {"agree": True, "comment": "because"}
-    run = deployed.wait_for(refused, "COMPLETED", "FAILED", seconds=240)
-    assert "did not agree that the train" in run["state"]["message"]
-    assert "oasis.train.successor" not in run["labels"]
-    eventually(lambda: not left(docker_api, home, agreed) and not left(docker_api, home, refused), 60)
-
-
 def test_a_visit_that_is_cancelled_and_one_that_is_killed_leave_nothing(deployed, worker, docker_api, image, home):
     name = image(v1(f"echo begun; sleep 600; {SUCCESS}"))
     cancelled, killed = (visit_on_worker(deployed, name, station(1)) for _ in range(2))

@@ -7,6 +7,7 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from oasis_flows.engines.docker_spec import LEASE, PACKAGE, PACKAGE_NAME
 from oasis_flows.errors import AlgorithmFailed, ChainBroken, ProtocolError, TrainFailed, TrainRefused, TrainStopped
 from oasis_flows.flows.train import train
 from oasis_flows.station_keys import signing_key, trusted
+from tests.servers.engine import eventually
+from tests.servers.prefect import PrefectServer
 from tests.servers.registry import Registry
 from tests.trains import ADD, MODEL, SUCCESS, ended, one, train_image, v1
 
@@ -347,3 +350,37 @@ def test_a_key_in_a_secret_block(docker_api, image, station):
     assert not settings.current().keys.exists()
     key = lineage.public_key(signing_key("hospital-a", "hospital-key", settings.current()))
     assert len(visit_record.verify_folder(Path(successor.record), {"hospital-a": [key]})) == 1
+
+
+def answer(server: PrefectServer, name: str, agree: bool) -> str:
+    """Answer the form of the visit of this train, once it is asked; return what the form says."""
+    wanted = {"flow_runs": {"name": {"like_": name.rpartition("/")[2]}, "state": {"type": {"any_": ["PAUSED"]}}}}
+    eventually(lambda: server.api("/flow_runs/filter", wanted), 120)
+    (run,) = server.api("/flow_runs/filter", wanted)
+    keyset = run["state"]["state_details"]["run_input_keyset"]
+    eventually(
+        lambda: keyset["description"] in str(server.api(f"/flow_runs/{run['id']}/input/filter", {"prefix": "paused"})), 60
+    )
+    form = json.loads(server.api(f"/flow_runs/{run['id']}/input/{keyset['schema']}"))
+    assert set(form["properties"]) == {"agree", "comment"}
+    described = str(json.loads(server.api(f"/flow_runs/{run['id']}/input/{keyset['description']}")))
+    server.api(f"/flow_runs/{run['id']}/resume", {"run_input": {"agree": agree, "comment": "because"}})
+    return described
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_somebody_is_asked_before_anything_leaves(prefect_server, image, station, registry: Registry, agree):
+    given = station(registry=f"{registry.address}/trains", policy={"hold_for_approval": True, "approval_seconds": 200})
+    name = image(v1())
+    with ThreadPoolExecutor(1) as somebody:
+        said = somebody.submit(answer, prefect_server, name, agree)
+        state = visit(name, given, api="V1")
+
+    assert f"`/{MODEL[1:]}` | changed | 2 B" in said.result()
+    if agree:
+        record = json.loads((Path(state.result().record) / "record.json").read_text())
+        assert record["approval"] == {"agree": True, "comment": "because"}
+    else:
+        assert isinstance(error_of(state), TrainRefused)
+        assert "did not agree that the train" in str(error_of(state))
+        assert "because" in str(error_of(state))

@@ -213,9 +213,9 @@ def test_read_from_the_right_is_read_from_the_left(text):
 def test_nothing_that_a_train_prints_takes_long_to_read(printed: str):
     began = time.process_time()
     with pytest.raises(ProtocolError):
-        response((printed * (3_000_000 // len(printed)) + " }}").encode(), RUN)
+        response((printed * (1_000_000 // len(printed)) + " }}").encode(), RUN)
 
-    assert time.process_time() - began < 20
+    assert time.process_time() - began < 10
 
 
 class TestResponseFile:
