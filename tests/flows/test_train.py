@@ -359,7 +359,10 @@ def answer(server: PrefectServer, name: str, agree: bool) -> str:
     (run,) = server.api("/flow_runs/filter", wanted)
     keyset = run["state"]["state_details"]["run_input_keyset"]
     eventually(
-        lambda: keyset["description"] in str(server.api(f"/flow_runs/{run['id']}/input/filter", {"prefix": "paused"})), 60
+        lambda: (
+            keyset["description"] in str(server.api(f"/flow_runs/{run['id']}/input/filter", {"prefix": "paused", "limit": 9}))
+        ),
+        60,
     )
     form = json.loads(server.api(f"/flow_runs/{run['id']}/input/{keyset['schema']}"))
     assert set(form["properties"]) == {"agree", "comment"}
