@@ -230,7 +230,7 @@ class _FetchOne:
         if (
             self.link
             and isinstance(self.store, Folder)
-            and self.store.link_to(self.into / wanted.path, wanted.at or wanted.path)
+            and self.store.link_to(self.into / wanted.path, wanted.at or wanted.path, etag=wanted.etag)
         ):
             return self._read_linked(wanted)
         first, right = self._copy(wanted)
