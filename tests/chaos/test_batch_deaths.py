@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+import uuid
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ from tests.servers.prefect import BIN, ROOT, PrefectServer, client_env, free_por
 __all__ = ["fragile"]
 
 SHARDS = 12
-WORDS = ["slow", "letters", "--files-per-shard", "1", "--max-parallel", "2", "--output-name", "done", "--json"]
+WORDS = ["slow", "letters", "--files-per-shard", "1", "--max-parallel", "2", "--json"]
 MADE = (
     "import sys; from oasis_flows import *;"
     "Algorithm(docker_image=DockerImage(image_id=sys.argv[1]), command=['sh', '-c', sys.argv[2]], cpus=0.1, memory='32MiB')"
@@ -50,8 +51,14 @@ def described(tmp_path):
     return save
 
 
-def begun(env, *more):
-    command = [str(BIN / "oasis-flows"), "batch", *WORDS, *more]
+@pytest.fixture
+def name():
+    """Of the output: one server has several tests."""
+    return f"done-{uuid.uuid4().hex[:8]}"
+
+
+def begun(env, name, *more):
+    command = [str(BIN / "oasis-flows"), "batch", *WORDS, "--output-name", name, *more]
     return subprocess.Popen(
         command,
         env=env,
@@ -66,12 +73,12 @@ def begun(env, *more):
 
 def half_way(server, process=None):
     """The folder of the only batch, once a few of its shards are done, and these."""
-    outputs = server.home / "datasets" / "done"
+    outputs = server.home / "datasets"
     eventually(
-        lambda: (process and process.poll() is not None) or any(len(finished(each)) >= 3 for each in outputs.glob("*")), 240
+        lambda: (process and process.poll() is not None) or any(len(finished(each)) >= 3 for each in outputs.glob("*/*")), 240
     )
     assert process is None or process.poll() is None, process.communicate()
-    (output,) = outputs.glob("*")
+    (output,) = outputs.glob("*/*")
     before = finished(output)
     assert len(before) < SHARDS
     return output, before
@@ -81,7 +88,7 @@ def assert_ends_well(process, output, env):
     """Wait for a batch of the command line; one that gave up meanwhile is begun again."""
     told, said = process.communicate(timeout=300)
     if process.returncode:
-        process = begun(env, "--resume", output.name)
+        process = begun(env, output.parent.name, "--resume", output.name)
         told, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert json.loads(told)["status"] == "Succeeded"
@@ -97,12 +104,12 @@ def assert_whole(output, before):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_an_engine_that_dies_under_a_batch_costs_only_what_ran_then(server, described, tmp_path, number):
+def test_an_engine_that_dies_under_a_batch_costs_only_what_ran_then(server, described, tmp_path, name, number):
     with private_engine() as engine:
         engine.load(docker_archive(tmp_path / "image.tar", TinyImage(tags=("slow:1",))))
         described(server, "slow:1")
         env = server.env | {"DOCKER_HOST": engine.host}
-        process = begun(env)
+        process = begun(env, name)
         output, before = half_way(server, process)
         engine.end(number)
         time.sleep(3)
@@ -114,12 +121,12 @@ def test_an_engine_that_dies_under_a_batch_costs_only_what_ran_then(server, desc
     assert_whole(output, before)
 
 
-def test_a_prefect_server_that_dies_under_a_batch_costs_only_time(described, docker_api, busybox, tmp_path):
+def test_a_prefect_server_that_dies_under_a_batch_costs_only_time(described, docker_api, busybox, tmp_path, name):
     port = free_port()
     server = PrefectServer(port, client_env(port, tmp_path / "prefect", tmp_path / "home"), tmp_path / "home")
     with server_process(server, tmp_path / "server.log") as first:
         described(server, busybox)
-        process = begun(server.env)
+        process = begun(server.env, name)
         output, before = half_way(server, process)
         os.killpg(first.pid, signal.SIGKILL)
         first.wait(10)
@@ -132,7 +139,7 @@ def test_a_prefect_server_that_dies_under_a_batch_costs_only_time(described, doc
     assert containers(docker_api, output.name) == []
 
 
-def test_a_worker_that_dies_under_a_batch_costs_only_what_ran_then(fragile, described, docker_api, busybox):
+def test_a_worker_that_dies_under_a_batch_costs_only_what_ran_then(fragile, described, docker_api, busybox, name):
     server, start = fragile
     described(server, busybox)
     worker = start()
@@ -141,7 +148,7 @@ def test_a_worker_that_dies_under_a_batch_costs_only_what_ran_then(fragile, desc
         key: {"$ref": {"block_document_slug": name}}
         for key, name in (("algorithm", "algorithm/slow"), ("input_dataset", "dataset/letters"))
     }
-    parameters = {**given, "files_per_shard": 1, "max_parallel": 2, "output_name": "done"}
+    parameters = {**given, "files_per_shard": 1, "max_parallel": 2, "output_name": name}
     run_id = server.api(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})["id"]
     output, before = half_way(server)
     os.kill(process_of(run_id), signal.SIGKILL)
