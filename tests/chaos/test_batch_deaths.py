@@ -1,4 +1,4 @@
-"""Engine, Prefect server and worker killed under a batch: it comes to its end, and no finished shard is done again."""
+"""Engine and Prefect server killed under a batch: it comes to its end, and no finished shard is done again."""
 
 import contextlib
 import json
@@ -11,23 +11,18 @@ from dataclasses import replace
 
 import pytest
 
-from oasis_flows.settings import current
-from tests.chaos.test_deaths import fragile
 from tests.e2e.test_batch import COPY, containers, finished
-from tests.e2e.test_cancel import process_of
 from tests.images import TinyImage, docker_archive
 from tests.servers.engine import eventually, private_engine
 from tests.servers.prefect import BIN, ROOT, PrefectServer, client_env, free_port, server_process
 
-__all__ = ["fragile"]
-
 SHARDS = 12
-WORDS = ["slow", "letters", "--files-per-shard", "1", "--max-parallel", "2", "--json"]
+WORDS = ["--files-per-shard", "1", "--max-parallel", "2", "--json"]
 MADE = (
     "import sys; from oasis_flows import *;"
     "Algorithm(docker_image=DockerImage(image_id=sys.argv[1]), command=['sh', '-c', sys.argv[2]], cpus=0.1, memory='32MiB')"
-    ".save('slow', overwrite=True);"
-    "Dataset(url=sys.argv[3]).save('letters', overwrite=True)"
+    ".save(sys.argv[4]);"
+    "Dataset(url=sys.argv[3]).save(sys.argv[4])"
 )
 
 
@@ -39,26 +34,26 @@ def server(prefect_server, tmp_path):
 
 
 @pytest.fixture
-def described(tmp_path):
-    """Saves the algorithm `slow` and the dataset `letters` on a server."""
+def described(tmp_path, name):
+    """Saves an algorithm and a dataset, both of this `name`, on a server."""
 
     def save(server, image):
         (tmp_path / "letters").mkdir()
         for number in range(SHARDS):
             (tmp_path / "letters" / f"{number:02}.txt").write_text(f"letter {number}")
-        server.run("python", "-c", MADE, image, f"sleep 1; {COPY}", str(tmp_path / "letters"))
+        server.run("python", "-c", MADE, image, f"sleep 1; {COPY}", str(tmp_path / "letters"), name)
 
     return save
 
 
 @pytest.fixture
 def name():
-    """Of the output: one server has several tests."""
-    return f"done-{uuid.uuid4().hex[:8]}"
+    """Of the algorithm, the dataset and the output: one server has several tests."""
+    return f"slow-{uuid.uuid4().hex[:8]}"
 
 
 def begun(env, name, *more):
-    command = [str(BIN / "oasis-flows"), "batch", *WORDS, "--output-name", name, *more]
+    command = [str(BIN / "oasis-flows"), "batch", name, name, "--output-name", f"{name}-done", *WORDS, *more]
     return subprocess.Popen(
         command,
         env=env,
@@ -88,7 +83,7 @@ def assert_ends_well(process, output, env):
     """Wait for a batch of the command line; one that gave up meanwhile is begun again."""
     told, said = process.communicate(timeout=300)
     if process.returncode:
-        process = begun(env, output.parent.name, "--resume", output.name)
+        process = begun(env, output.parent.name.removesuffix("-done"), "--resume", output.name)
         told, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert json.loads(told)["status"] == "Succeeded"
@@ -137,27 +132,3 @@ def test_a_prefect_server_that_dies_under_a_batch_costs_only_time(described, doc
 
     assert_whole(output, before)
     assert containers(docker_api, output.name) == []
-
-
-def test_a_worker_that_dies_under_a_batch_costs_only_what_ran_then(fragile, described, docker_api, busybox, name):
-    server, start = fragile
-    described(server, busybox)
-    worker = start()
-    deployment = server.api("/deployments/name/batch/batch")
-    given = {
-        key: {"$ref": {"block_document_slug": name}}
-        for key, name in (("algorithm", "algorithm/slow"), ("input_dataset", "dataset/letters"))
-    }
-    parameters = {**given, "files_per_shard": 1, "max_parallel": 2, "output_name": name}
-    run_id = server.api(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})["id"]
-    output, before = half_way(server)
-    os.kill(process_of(run_id), signal.SIGKILL)
-    os.killpg(worker.pid, signal.SIGKILL)
-    server.wait_for(run_id, "CRASHED", seconds=120)
-    server.run("prefect", "flow-run", "retry", run_id)
-    start()
-
-    assert server.wait_for(run_id, "COMPLETED", "FAILED", "CRASHED", seconds=300)["state_type"] == "COMPLETED"
-    assert output.name == run_id
-    assert_whole(output, before)
-    eventually(lambda: containers(docker_api, run_id) == [], 40 + current().stop_grace_seconds)
