@@ -66,13 +66,11 @@ def begun(env, name, *more):
     )
 
 
-def half_way(server, process=None):
+def half_way(server, process):
     """The folder of the only batch, once a few of its shards are done, and these."""
     outputs = server.home / "datasets"
-    eventually(
-        lambda: (process and process.poll() is not None) or any(len(finished(each)) >= 3 for each in outputs.glob("*/*")), 240
-    )
-    assert process is None or process.poll() is None, process.communicate()
+    eventually(lambda: process.poll() is not None or any(len(finished(each)) >= 3 for each in outputs.glob("*/*")), 240)
+    assert process.poll() is None, process.communicate()
     (output,) = outputs.glob("*/*")
     before = finished(output)
     assert len(before) < SHARDS
