@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
+import subprocess
+import sys
 import tarfile
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -14,16 +18,19 @@ from typing import Any
 
 import pytest
 from prefect.blocks.system import Secret
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect_docker.credentials import DockerRegistryCredentials
 
 from oasis_flows import lineage, settings, visit_record
 from oasis_flows.__main__ import main
 from oasis_flows.blocks import Station
-from oasis_flows.engines.docker_layer import DRAFTS, _place
+from oasis_flows.engines.docker_layer import DRAFTS, _draft, _place
 from oasis_flows.engines.docker_spec import LEASE, PACKAGE, PACKAGE_NAME
 from oasis_flows.errors import AlgorithmFailed, ChainBroken, ProtocolError, TrainFailed, TrainRefused, TrainStopped
+from oasis_flows.flows.station import train_station
 from oasis_flows.flows.train import train
+from oasis_flows.reaper import reap
 from oasis_flows.station_keys import signing_key, trusted
 from tests.servers.engine import eventually
 from tests.servers.prefect import PrefectServer
@@ -387,3 +394,68 @@ def test_somebody_is_asked_before_anything_leaves(prefect_server, image, station
         assert isinstance(error_of(state), TrainRefused)
         assert "did not agree that the train" in str(error_of(state))
         assert "because" in str(error_of(state))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_visit_whose_process_is_ended_leaves_nothing(prefect_server, docker_api, image, station, here, number):
+    station()
+    command = [
+        sys.executable,
+        "-m",
+        "oasis_flows",
+        "train",
+        "run",
+        image(v1("sleep 600")),
+        "--station",
+        "hospital-a",
+        "--api",
+        "V1",
+    ]
+
+    def containers(state: str = "") -> list[dict[str, Any]]:
+        rows = docker_api.containers(all=True, filters={"label": f"{PACKAGE}={PACKAGE_NAME}"})
+        ours = [row for row in rows if row["Labels"].get(LEASE, "").startswith(f"{here}/")]
+        return [row for row in ours if "run_algorithm" in row["Command"] and row["State"] == state] if state else ours
+
+    process = subprocess.Popen(command, env=prefect_server.env | {"OASIS_FLOWS_HOME": str(here)}, stdout=subprocess.DEVNULL)
+    try:
+        eventually(lambda: containers("running"), 120)
+    finally:
+        process.send_signal(number)
+        process.wait(60)
+    eventually(
+        lambda: reap(settings.current(), now=True) and not containers() and not list((here / "workspaces").iterdir()), 60
+    )
+
+
+def test_a_draft_whose_run_is_dead_is_reaped(prefect_server, docker_api, busybox, here, tmp_path):
+    drafts = [_draft(folder / "a-run" / "lease") for folder in (here / "workspaces", tmp_path / "another" / "workspaces")]
+    for draft in drafts:
+        docker_api.tag(busybox, *draft.rsplit(":", 1))
+    try:
+        reap(settings.current(), now=True)
+        there = [name for row in docker_api.images(name=DRAFTS) for name in row.get("RepoTags") or ()]
+        assert [draft in there for draft in drafts] == [False, True]
+    finally:
+        docker_api.remove_image(drafts[1])
+
+
+def test_the_station_s_loop_claims_each_train_once(prefect_server, docker_api, image, station, private_registry: Registry):
+    login = private_registry.login
+    assert login is not None
+    with get_client(sync_client=True) as client:
+        client.create_deployment(client.create_flow(train), name="train")
+    credentials = DockerRegistryCredentials(username=login.username, password=login.password, registry_url=login.registry)
+    credentials.save("loop", overwrite=True)
+    place, number = f"{private_registry.address}/{uuid.uuid4().hex[:6]}", 1000 + uuid.uuid4().int % 10**6
+    given = station("looping", station_id=number, registry=place, registry_credentials=credentials)
+    for name, tag in (("train_a", f"x-station.{number}"), ("train_b", f"station.{number}1"), ("else", f"station.{number}")):
+        private_registry.push(docker_api, image(v1()), f"{place.partition('/')[2]}/{name}", tag)
+
+    (found,) = train_station(given)
+    assert train_station(given) == [found]
+
+    assert found.startswith(f"{place}/train_a@sha256:")
+    wanted = {"flow_runs": {"tags": {"all_": [f"station-loop:{number}"]}}}
+    (run,) = prefect_server.api("/flow_runs/filter", wanted)
+    assert run["parameters"] == {"image": found, "station": {"$ref": {"block_document_slug": "station/looping"}}}
