@@ -444,11 +444,11 @@ def test_the_station_s_loop_claims_each_train_once(prefect_server, docker_api, i
     login = private_registry.login
     assert login is not None
     with get_client(sync_client=True) as client:
-        client.create_deployment(client.create_flow(train), name="train")
+        client.create_deployment(client.create_flow(train), name="looping")
     credentials = DockerRegistryCredentials(username=login.username, password=login.password, registry_url=login.registry)
     credentials.save("loop", overwrite=True)
     place, number = f"{private_registry.address}/{uuid.uuid4().hex[:6]}", 1000 + uuid.uuid4().int % 10**6
-    given = station("looping", station_id=number, registry=place, registry_credentials=credentials)
+    given = station("looping", station_id=number, work_pool="looping", registry=place, registry_credentials=credentials)
     for name, tag in (("train_a", f"x-station.{number}"), ("train_b", f"station.{number}1"), ("else", f"station.{number}")):
         private_registry.push(docker_api, image(v1()), f"{place.partition('/')[2]}/{name}", tag)
 
