@@ -371,9 +371,9 @@ def answer(server: PrefectServer, name: str, agree: bool) -> str:
         ),
         60,
     )
-    form = json.loads(server.api(f"/flow_runs/{run['id']}/input/{keyset['schema']}"))
+    form = server.api(f"/flow_runs/{run['id']}/input/{keyset['schema']}")
     assert set(form["properties"]) == {"agree", "comment"}
-    described = str(json.loads(server.api(f"/flow_runs/{run['id']}/input/{keyset['description']}")))
+    described = str(server.api(f"/flow_runs/{run['id']}/input/{keyset['description']}"))
     server.api(f"/flow_runs/{run['id']}/resume", {"run_input": {"agree": agree, "comment": "because"}})
     return described
 
