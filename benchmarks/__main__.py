@@ -63,9 +63,7 @@ def main() -> None:
     began, load, lines = time.time(), os.getloadavg()[0], list[str]()
     print(HEADER)
     with ExitStack() as stack:
-        home = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="oasis-bench-", dir=os.environ.get("TMPDIR", "/var/tmp")))
-        )
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oasis-bench-")))
         ensure_image()
         known = subjects(stack.enter_context(quiet_prefect(home)), options.quick)
         for name in options.subject or known:

@@ -201,7 +201,8 @@ def _run_with_enough_memory(plan: Plan, workspace: Workspace, engine: Engine, jo
 
 
 def _run(plan: Plan, workspace: Workspace, engine: Engine, job: ContainerJob) -> ContainerExit:
-    if not engine.find(job):
+    # A container has its output folder before it is made: where there is none, nobody has to ask the engine.
+    if not workspace.output.exists() or not engine.find(job):
         workspace.fresh_output()
         if job.wrapper is not None:
             workspace.fresh_notes()

@@ -46,8 +46,8 @@ def test_a_run_in_this_process_gives_the_sign_of_life_that_prefect_would(prefect
         algorithm = Algorithm(docker_image=DockerImage(image_id="nothing:1"))
         ours = algorithm_task(algorithm, Dataset(url=str(shipped / "input")), return_state=True).state_details.flow_run_id
 
-    (wanted,) = eventually(lambda: beats(prefect_server, str(theirs)), 30)
-    (found,) = eventually(lambda: beats(prefect_server, str(ours)), 30)
+    eventually(lambda: beats(prefect_server, str(theirs)) and beats(prefect_server, str(ours)), 30)
+    (wanted,), (found,) = beats(prefect_server, str(theirs)), beats(prefect_server, str(ours))
     assert found["event"] == wanted["event"]
     assert set(wanted["resource"]) - set(found["resource"]) <= {"prefect.version"}  # type: ignore[call-overload]
     roles = [{each["prefect.resource.role"] for each in event["related"]} for event in (wanted, found)]  # type: ignore[attr-defined]
