@@ -14,8 +14,8 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,47 +34,61 @@ compared. A figure is the median of the turns' own ratios or differences; `cpu` 
 what it started, without the engine's and the server's. The first turns do not count where a warm process is meant. How, row by row:
 the modules beside this file. What the figures mean: [performance](../docs/explanation/performance.md)."""
 
-Rows = Callable[[Path], Iterator[Row]]
+LESS = " With `--quick`: sizes and turns are smaller than in a whole run."
+
+# What needs a Prefect server comes first: at the end it has gone.
+SERVED = ("one_run", "many_runs", "start", "memory")
+ALONE = ("command_line", "output", "local_store", "object_store")
 
 
-def subjects(server: PrefectServer, quick: bool) -> dict[str, Rows]:
-    """What can be measured."""
-    return {
-        "command_line": lambda _: command_line.rows(quick=quick),
-        "one_run": lambda folder: one_run.rows(folder, quick=quick),
-        "many_runs": lambda folder: many_runs.rows(folder, quick=quick),
-        "start": lambda folder: start.rows(folder, server, quick=quick),
-        "output": lambda folder: output.rows(folder, quick=quick),
-        "local_store": lambda folder: local_store.rows(folder, quick=quick),
-        "object_store": lambda folder: object_store.rows(folder, quick=quick),
-        "memory": lambda folder: memory.rows(folder, quick=quick),
-    }
+def rows(subject: str, folder: Path, server: PrefectServer | None, *, quick: bool) -> Iterator[Row]:
+    """The rows of one subject."""
+    match subject, server:
+        case "start", PrefectServer():
+            return start.rows(folder, server, quick=quick)
+        case "one_run", _:
+            return one_run.rows(folder, quick=quick)
+        case "many_runs", _:
+            return many_runs.rows(folder, quick=quick)
+        case "memory", _:
+            return memory.rows(folder, quick=quick)
+        case "output", _:
+            return output.rows(folder, quick=quick)
+        case "local_store", _:
+            return local_store.rows(folder, quick=quick)
+        case "object_store", _:
+            return object_store.rows(folder, quick=quick)
+        case _:
+            return command_line.rows(quick=quick)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="smaller and fewer, in less than three minutes; nothing is written"
-    )
-    parser.add_argument("subject", nargs="*", help="what to measure; everything, by default")
+    parser.add_argument("--quick", action="store_true", help="smaller and fewer: less than three minutes on an idle machine")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results.md, as a whole run does")
+    parser.add_argument("subject", nargs="*", choices=[*SERVED, *ALONE, []], help="what to measure; everything, by default")
     options = parser.parse_args()
     began, load, lines = time.time(), os.getloadavg()[0], list[str]()
+    chosen = options.subject or [*SERVED, *ALONE]
     print(HEADER)
-    with ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="oasis-bench-")))
+    with tempfile.TemporaryDirectory(prefix="oasis-bench-") as name:
         ensure_image()
-        known = subjects(stack.enter_context(quiet_prefect(home)), options.quick)
-        for name in options.subject or known:
-            with tempfile.TemporaryDirectory(dir=home) as folder:
-                for row in known[name](Path(folder)):
-                    lines.append(str(row))
-                    print(row, flush=True)
+        for group, needs_server in ((SERVED, True), (ALONE, False)):
+            subjects = [subject for subject in group if subject in chosen]
+            with quiet_prefect(Path(name)) if needs_server and subjects else nullcontext() as server:
+                for subject in subjects:
+                    with tempfile.TemporaryDirectory(dir=name) as folder:
+                        for row in rows(subject, Path(folder), server, quick=options.quick):
+                            lines.append(str(row))
+                            print(row, flush=True)
     print(f"\n{time.time() - began:.0f} s, {machine(load)}")
-    if not options.quick and not options.subject:
+    if options.write or not (options.quick or options.subject):
         table = "\n".join([HEADER, *lines])
-        (ROOT / "benchmarks" / "results.md").write_text(f"# Measured\n\n{machine(load)}.\n\n{METHOD}\n\n{table}\n")
+        (ROOT / "benchmarks" / "results.md").write_text(
+            f"# Measured\n\n{machine(load)}.{LESS if options.quick else ''}\n\n{METHOD}\n\n{table}\n"
+        )
 
 
 def machine(load: float) -> str:

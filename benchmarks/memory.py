@@ -20,7 +20,8 @@ def rows(folder: Path, *, quick: bool) -> Iterator[Row]:
     """A row for each thing that can be large."""
     _inputs(folder / "in", 1)
     floor = [_peak("nothing", folder) for _ in range(1 if quick else 3)]
-    yield _row("a run with an output file of 4 GiB", _peak("big_file", folder), floor)
+    large = "big_file" if quick else "huge_file"
+    yield _row(f"a run with an output file of {1 if quick else 8} GiB", _peak(large, folder), floor)
     yield _row("a run with 900 MB of log", _peak("big_log", folder), floor)
     count = 10_000 if quick else 100_000
     _inputs(folder / "in", count)

@@ -25,9 +25,16 @@ def nothing(job: ContainerJob, log: LogSink) -> int:  # noqa: ARG001
 
 
 def big_file(job: ContainerJob, log: LogSink) -> int:  # noqa: ARG001
-    """Four GiB in one file."""
+    """A GiB in one file."""
     with (host_path(job, "/work/output") / "big").open("wb") as file:
-        file.truncate(4 << 30)
+        file.truncate(1 << 30)
+    return 0
+
+
+def huge_file(job: ContainerJob, log: LogSink) -> int:  # noqa: ARG001
+    """Eight GiB in one file."""
+    with (host_path(job, "/work/output") / "huge").open("wb") as file:
+        file.truncate(8 << 30)
     return 0
 
 
@@ -52,6 +59,7 @@ def big_log(job: ContainerJob, log: LogSink) -> int:  # noqa: ARG001
 SCENARIOS: dict[str, Callable[[ContainerJob, LogSink], int]] = {
     "nothing": nothing,
     "big_file": big_file,
+    "huge_file": huge_file,
     "many_files": many_files,
     "big_log": big_log,
 }
@@ -63,7 +71,7 @@ def main(scenario: str, folder: Path) -> None:
         DockerEngine().prepare(ImageSource(image_file=str(folder / "image.tar")))
     else:
         image = DockerImage(image_id="nothing:1")
-        algorithm = Algorithm(docker_image=image, max_output_size="8GiB", max_log_size="2GiB", max_output_files=1_000_000)
+        algorithm = Algorithm(docker_image=image, max_output_size="16GiB", max_log_size="2GiB", max_output_files=1_000_000)
         target = DatasetStore(url=f"{folder}/out-{os.getpid()}")
         with stand_in(FakeEngine(SCENARIOS[scenario])):
             algorithm_task(algorithm, Dataset(url=str(folder / "in")), store=target)

@@ -45,7 +45,7 @@ def rows(folder: Path, *, quick: bool) -> Iterator[Row]:
         with (folder / "theirs.txt").open("wb") as file:
             subprocess.run(container(*argv), stdout=file, check=True)
 
-    for turn in range(4 if quick else 8):
+    for turn in range(3 if quick else 8):
         for series, idle, run in ((ours, ours_idle, run_ours), (theirs, theirs_idle, run_theirs)):
             (idle if turn else Series()).time(lambda run=run: run("true"))  # type: ignore[misc]
             (series if turn else Series()).time(lambda run=run: run(*command))  # type: ignore[misc]

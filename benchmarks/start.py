@@ -34,13 +34,12 @@ def rows(folder: Path, server: PrefectServer, *, quick: bool) -> Iterator[Row]:
     _describe(folder, server)
     started = folder / "started"
     ours, theirs = Series(), Series()
-    waits: list[float] = []
     documented = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
     with (
         _worker(server, "gpu-process", folder / "ours.log", **documented),
         _worker(server, "plain", folder / "plain.log", BENCH_STARTED=str(started)),
     ):
-        for turn in range(3 if quick else 8):
+        for turn in range(4 if quick else 9):
             # A worker looks every so often: no turn begins at the same moment of that as the one before.
             time.sleep(turn * 1.3 % 2)
             mine = _ours(server, folder)
@@ -48,7 +47,6 @@ def rows(folder: Path, server: PrefectServer, *, quick: bool) -> Iterator[Row]:
             if turn:
                 ours.seconds.append(mine)
                 theirs.seconds.append(other)
-    del waits
     ratio = 1 / speed(ours, theirs)
     yield Row(
         what="`prefect deployment run` → container started, worker of the shipped pool",

@@ -28,8 +28,8 @@ class Series:
         return statistics.median(self.seconds)
 
     def __str__(self) -> str:
-        cpu = statistics.median(self.cpu_seconds)
-        return f"{said(self.median)} ({said(min(self.seconds))}–{said(max(self.seconds))}), cpu {said(cpu)}"
+        cpu = f", cpu {said(statistics.median(self.cpu_seconds))}" if self.cpu_seconds else ""
+        return f"{said(self.median)} ({said(min(self.seconds))}–{said(max(self.seconds))}){cpu}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,7 +47,6 @@ def _made_like(kind: _Kind, client: SyncPrefectClient, dataset: Dataset, name: s
             return False
         store = {"$ref": {"block_document_id": str(dataset.store._block_document_id)}}
     found = {
-        "block_type_slug": Dataset.get_block_type_slug(),
         "url": dataset.url,
         "store": store,
         "file_count": dataset.file_count,

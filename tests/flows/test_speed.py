@@ -1,20 +1,25 @@
 """What is done otherwise than Prefect would, for speed, comes to the same: its heartbeat, and the saving of a document."""
 
 import json
+import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.context import SettingsContext
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY
 
-from oasis_flows import heartbeat, saving
+from oasis_flows import backoff, heartbeat, saving
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
-from oasis_flows.documents import document_flow
+from oasis_flows.documents import document_flow, patiently
 from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.machine import stand_in
 from oasis_flows.testing import FakeEngine
@@ -129,7 +134,7 @@ def test_a_store_without_a_document_is_saved_within(prefect_server: PrefectServe
         name = f"inline-{uuid.uuid4().hex}"
         saving.save(Dataset(url="s3://bucket/x", store=DatasetStore(url="s3://bucket"), file_count=count), name)
 
-        assert Dataset.load(name).store == DatasetStore(url="s3://bucket")
+        assert Dataset.load(name).store.url == "s3://bucket"
 
 
 def test_a_server_that_forgot_the_type_is_told_anew(prefect_server: PrefectServer):
@@ -138,11 +143,62 @@ def test_a_server_that_forgot_the_type_is_told_anew(prefect_server: PrefectServe
     for where in saving._kinds:
         saving._kinds[where] = saving._Kind(type=uuid.uuid4(), schema=uuid.uuid4())
 
-    from oasis_flows.documents import patiently
-
     patiently(lambda: saving.save(Dataset(url="/somewhere/2"), second))
 
     assert Dataset.load(second).url == "/somewhere/2"
+
+
+@contextmanager
+def refusing(times: int) -> Iterator[str]:
+    """A server that answers 503 so many times, and 200 from then on; its address."""
+    left = [times]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            left[0] -= 1
+            self.send_response(503 if left[0] >= 0 else 200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *said: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_server_that_was_busy_for_a_moment_is_asked_again_soon():
+    with refusing(2) as url, SyncPrefectClient(url) as client:
+        backoff.shorten(client)
+        backoff.shorten(client)
+        began = time.monotonic()
+        answer = client.hello()
+
+    # Prefect's client alone would have slept for two seconds and for four, a fifth more or less.
+    assert time.monotonic() - began < 4
+    assert answer.status_code == 200
+
+
+def test_a_server_that_stays_busy_is_waited_for_as_prefect_does():
+    asked = httpx.Request("GET", "http://127.0.0.1/")
+    said = []
+    for _ in range(4):
+        answer = httpx.Response(503, request=asked)
+        backoff._soon(answer)
+        said.append(answer.headers.get("Retry-After"))
+
+    assert said == ["0.1", "0.4", None, None]
+
+
+def test_a_run_asks_again_soon(prefect_server: PrefectServer, shipped: Path, monkeypatch: pytest.MonkeyPatch):
+    clients = []
+    monkeypatch.setattr(backoff, "shorten", lambda client: clients.append(client))
+    with stand_in(FakeEngine()):
+        algorithm_task(Algorithm(docker_image=DockerImage(image_id="nothing:1")), Dataset(url=str(shipped / "input")))
+
+    assert isinstance(clients[0], SyncPrefectClient)
 
 
 def test_a_step_costs_no_request_of_its_own(prefect_server: PrefectServer):
