@@ -49,6 +49,13 @@ def _engine(settings: Settings) -> Iterator[Finding]:
     yield Finding("engine", "ok", facts.name)
     if facts.not_enforced:
         yield Finding("engine", "missing", f"cannot limit {' and '.join(facts.not_enforced)}", facts.how_to_enforce)
+    if not facts.system_calls_filtered:
+        yield Finding(
+            "engine",
+            "note",
+            "filters no system calls of algorithms (seccomp is off)",
+            "start it with its own profile: remove seccomp-profile from /etc/docker/daemon.json",
+        )
     if facts.gpu:
         yield Finding("gpu", "ok", facts.gpu)
     else:

@@ -1,3 +1,9 @@
 """Fixtures of all tests; the servers and images they start live in `tests/servers` and `tests/images.py`."""
 
+from hypothesis import settings
+
 pytest_plugins = ["tests.servers.prefect", "tests.servers.engine", "tests.servers.registry", "tests.servers.s3", "tests.images"]
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
