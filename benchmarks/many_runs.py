@@ -15,7 +15,7 @@ from oasis_flows.flows.algorithm_task import algorithm_task
 
 def rows(folder: Path, *, quick: bool) -> Iterator[Row]:
     """One row."""
-    count = 30 if quick else 100
+    count = 20 if quick else 100
     algorithm = Algorithm(docker_image=DockerImage(image_id=IMAGE), command="true", cpus=0.5)
     dataset = Dataset(url=str(make_files(folder / "in", 1, 1)))
     DatasetStore(url=str(folder / "out")).save("benchmark", overwrite=True)

@@ -34,14 +34,14 @@ def rows(folder: Path, server: PrefectServer, *, quick: bool) -> Iterator[Row]:
     _describe(folder, server)
     started = folder / "started"
     ours, theirs = Series(), Series()
-    documented = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
+    documented = {"PREFECT_WORKER_QUERY_SECONDS": "1"}
     with (
         _worker(server, "gpu-process", folder / "ours.log", **documented),
         _worker(server, "plain", folder / "plain.log", BENCH_STARTED=str(started)),
     ):
-        for turn in range(4 if quick else 9):
+        for turn in range(3 if quick else 9):
             # A worker looks every so often: no turn begins at the same moment of that as the one before.
-            time.sleep(turn * 1.3 % 2)
+            time.sleep(turn * 0.7 % 1)
             mine = _ours(server, folder)
             other = _theirs(server, started)
             if turn:
