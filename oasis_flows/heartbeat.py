@@ -59,21 +59,24 @@ def beating() -> Iterator[None]:
     if seconds is None:
         yield
         return
-    over = threading.Event()
+    over, lock = threading.Event(), threading.Lock()
     resource = {
         "prefect.resource.id": f"prefect.flow-run.{runtime.flow_run.id}",
         "prefect.resource.name": str(runtime.flow_run.name),
     }
 
     def beat() -> None:
-        while True:
-            emit_event(EVENT, resource=resource)
-            if over.wait(seconds):
-                return
+        while not over.wait(seconds):
+            with lock:
+                if not over.is_set():
+                    emit_event(EVENT, resource=resource)
 
+    # None may come behind the run's end: an automation would wait for the next one, and call the run crashed.
+    emit_event(EVENT, resource=resource)
     # The event's way to the server is found by the context's settings.
     threading.Thread(target=copy_context().run, args=(beat,), name="oasis-heartbeat", daemon=True).start()
     try:
         yield
     finally:
-        over.set()
+        with lock:
+            over.set()
