@@ -18,7 +18,7 @@ def rows(folder: Path, *, quick: bool) -> Iterator[Row]:
     for count, size in ((1, 256 << 20), (2000, 4 << 10)) if quick else ((4, 1 << 30), (10_000, 4 << 10)):
         files = make_files(folder / "files", count, size)
         yield _staging(files, folder, count, size)
-        yield _publishing(files, folder, count, size, 3 if quick else 5)
+        yield _publishing(files, folder, count, size, 3)
         shutil.rmtree(files)
 
 
