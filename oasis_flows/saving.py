@@ -40,7 +40,10 @@ def save(dataset: Dataset, name: str) -> None:
 
 
 def _made_like(kind: _Kind, client: SyncPrefectClient, dataset: Dataset, name: str) -> bool:
-    """Make a new document; `False` where it has to be saved as Prefect does: it is there already, or its store has no document."""
+    """Make a new document; `False` where it has to be saved as Prefect does.
+
+    That is so where it is there already, where its store has no document, and where the server refuses it.
+    """
     store = None
     if dataset.store is not None:
         if dataset.store._block_document_id is None:
@@ -59,8 +62,8 @@ def _made_like(kind: _Kind, client: SyncPrefectClient, dataset: Dataset, name: s
     except ObjectAlreadyExists:
         return False
     except httpx.HTTPStatusError:
-        # Perhaps it is another server's database by now, which knows this type by another id.
+        # Perhaps it is another database by now, which knows this type by another id; if not, `save` is told the same.
         _kinds.pop(str(client.api_url), None)
-        raise
+        return False
     dataset._block_document_name, dataset._block_document_id = made.name, made.id
     return True

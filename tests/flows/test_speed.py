@@ -19,7 +19,7 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY
 
 from oasis_flows import backoff, heartbeat, saving
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
-from oasis_flows.documents import document_flow, patiently
+from oasis_flows.documents import document_flow
 from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.machine import stand_in
 from oasis_flows.testing import FakeEngine
@@ -143,7 +143,7 @@ def test_a_server_that_forgot_the_type_is_told_anew(prefect_server: PrefectServe
     for where in saving._kinds:
         saving._kinds[where] = saving._Kind(type=uuid.uuid4(), schema=uuid.uuid4())
 
-    patiently(lambda: saving.save(Dataset(url="/somewhere/2"), second))
+    saving.save(Dataset(url="/somewhere/2"), second)
 
     assert Dataset.load(second).url == "/somewhere/2"
 
