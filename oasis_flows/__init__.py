@@ -10,10 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .blocks import Algorithm, Dataset, DatasetStore, DockerImage, Prerequisite
+    from .blocks import Algorithm, Dataset, DatasetStore, DockerImage, Prerequisite, Station
     from .errors import AlgorithmFailed, DatasetError, DescriptionError, EngineError, OasisError
     from .flows.algorithm_task import algorithm_task
     from .flows.batch import batch
+    from .flows.train import train
+    from .flows.train_route import train_route
 
 __all__ = [
     "Algorithm",
@@ -26,15 +28,20 @@ __all__ = [
     "EngineError",
     "OasisError",
     "Prerequisite",
+    "Station",
     "algorithm_task",
     "batch",
+    "train",
+    "train_route",
 ]
 
 _HOMES = {
-    "blocks": ("Algorithm", "Dataset", "DatasetStore", "DockerImage", "Prerequisite"),
+    "blocks": ("Algorithm", "Dataset", "DatasetStore", "DockerImage", "Prerequisite", "Station"),
     "errors": ("AlgorithmFailed", "DatasetError", "DescriptionError", "EngineError", "OasisError"),
     "flows.algorithm_task": ("algorithm_task",),
     "flows.batch": ("batch",),
+    "flows.train": ("train",),
+    "flows.train_route": ("train_route",),
 }
 
 

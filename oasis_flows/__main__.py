@@ -108,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _dataset_parser(commands.add_parser("dataset", help="describe, list and copy datasets"))
 
+    _train_parser(commands.add_parser("train", help="let trains of the Personal Health Train visit stations"))
+
     _prerequisites_parser(commands)
     _import_parser(commands.add_parser("import", help="write the documents of a catalogue that something else means"))
 
@@ -194,6 +196,47 @@ def _dataset_parser(dataset: argparse.ArgumentParser) -> None:
     get.add_argument("name", metavar="NAME", help="name of the Dataset document")
     get.add_argument("folder", metavar="DIR", help="a new or empty folder")
     get.set_defaults(action="dataset_get")
+
+
+def _train_parser(train: argparse.ArgumentParser) -> None:
+    verbs = train.add_subparsers(dest="verb", required=True, metavar="VERB")
+    describe = verbs.add_parser("describe", help="say what a train requires, and what its model is")
+    describe.set_defaults(action="train_describe")
+    check = verbs.add_parser("check", help="say what of a train's requirements a station meets; nothing runs on its data")
+    check.add_argument("--station", required=True, metavar="NAME", help="name of a Station document")
+    check.set_defaults(action="train_check")
+    run = verbs.add_parser("run", help="let a train visit a station, here and now")
+    run.add_argument("--station", required=True, metavar="NAME", help="name of a Station document")
+    run.add_argument("--track-info", metavar="TEXT", help="text for the train about its route")
+    run.add_argument("--user-data", metavar="TEXT", help="text for the train from whoever sends it")
+    run.add_argument("--follow", action="store_true", help="show the log while it happens")
+    run.set_defaults(action="train_run")
+    route = verbs.add_parser("route", help="let a train visit stations one after another, each on its own work pool")
+    route.add_argument("image", metavar="IMAGE", help="the train's image")
+    route.add_argument("stations", nargs="+", metavar="STATION", help="names of Station documents, in order")
+    route.add_argument("--resume", metavar="RUN", help="id or name of an earlier run of this route, to go on where it stopped")
+    route.add_argument("--follow", action="store_true", help="show the log while it happens")
+    route.set_defaults(action="train_route")
+    for parser in (describe, check, run):
+        parser.add_argument("image", metavar="IMAGE", help="the train's image")
+    for parser in (describe, check, run, route):
+        parser.add_argument(
+            "--api",
+            choices=["auto", "0.x", "V1", "1.0"],
+            default="auto",
+            metavar="GENERATION",
+            help="0.x, V1 or 1.0 (default: auto, the train is asked)",
+        )
+    verify = verbs.add_parser("verify", help="check the record of a train's visits, offline")
+    verify.add_argument(
+        "what", metavar="IMAGE_OR_DIR", help="an image of this engine, an archive of `docker save`, or a visit's folder"
+    )
+    verify.set_defaults(action="train_verify")
+    key = verbs.add_parser("key", help="show a station's public key, for others to trust; made on first use")
+    key.add_argument("station", metavar="STATION", help="name of a Station document")
+    key.set_defaults(action="train_key")
+    for parser in (describe, check, run, route, verify):
+        parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
 
 
 def _prerequisites_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

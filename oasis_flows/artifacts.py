@@ -30,6 +30,7 @@ from .store import MANIFEST, read_manifest
 from .verdict import Verdict
 
 PAGE, FILES, SHARD_TABLE, WAITING = "oasis-run", "oasis-output", "oasis-batch", "oasis-waiting"
+DIFFERENCE = "oasis-train-difference"
 FAILED_EVENT, FAILED_TAG = "oasis-flows.run.failed", "failed:"
 MOST_FILES = 500
 _PATIENCE_SECONDS = 3.0
@@ -79,6 +80,12 @@ def show_waiting(text: str) -> None:
     """Show what a batch waits for, or that it waits no longer."""
     with harmless("What the batch waits for"):
         create_markdown_artifact(text, key=WAITING, description=text.partition(":")[0])
+
+
+def show_difference(rows: Sequence[Mapping[str, Any]], about: str) -> None:
+    """Show what a train would carry away as a table."""
+    with harmless("What the train carries away"):
+        create_table_artifact([dict(row) for row in rows], key=DIFFERENCE, description=about)
 
 
 def tell_failure(client: SyncPrefectClient, run_id: UUID, name: str, verdict: Verdict) -> None:

@@ -16,15 +16,16 @@ from urllib.parse import urlsplit
 from prefect.blocks.core import Block
 from prefect_docker.credentials import DockerRegistryCredentials
 from prefect_docker.host import DockerHost
-from pydantic import ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from .command import VARIABLE_PREFIX, Scalar, as_argv
 from .errors import OasisError
 from .item import parse, requirements
 from .job import parse_bytes
+from .storages import checked_path
 from .template import SECRET_PREFIX
 
-__all__ = ["Algorithm", "Dataset", "DatasetStore", "DockerImage", "Prerequisite"]
+__all__ = ["Algorithm", "Dataset", "DatasetStore", "DockerImage", "Prerequisite", "Station"]
 
 _DOCUMENTATION = "https://docs.prefect.io/v3/concepts/blocks"
 # Block logos must be public addresses: these are the ones that prefect-docker's own blocks show.
@@ -36,6 +37,7 @@ _CONFIG = ConfigDict(hide_input_in_errors=True)
 RESERVED_VARIABLES = frozenset(
     {"OASIS_INPUT", "OASIS_OUTPUT", "OASIS_RUN_ID", "OASIS_GPU_COUNT", "OASIS_SHARD_INDEX", "OASIS_SHARD_COUNT"}
 )
+STATION_VARIABLES = frozenset({"OASIS_RESPONSE_FILE"})
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
 _PARAMETER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(:[A-Za-z0-9_][A-Za-z0-9_.\-]*)?")
@@ -370,30 +372,12 @@ class Algorithm(Block):
     @field_validator("environment", "secret_environment", mode="before")
     @classmethod
     def _variables(cls, value: object, info: ValidationInfo) -> object:
-        for name, text in value.items() if isinstance(value, Mapping) else ():
-            if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
-                raise ValueError(f"{name!r} is no name of a variable. Use letters, digits and _, not beginning with a digit")
-            if name in RESERVED_VARIABLES or name.startswith((VARIABLE_PREFIX, SECRET_PREFIX)):
-                raise ValueError(f"{name} is set by oasis-flows itself. Choose another name")
-            if not isinstance(text, str):
-                raise ValueError(
-                    f'the value of {name} is {text!r}, which is no text. Put it in quotes: {name}: "{str(text).lower()}"'
-                )
-            if "\0" in text:
-                raise ValueError(f"the value of {name} holds a NUL character. Remove it")
-            if info.field_name == "secret_environment" and not re.fullmatch(r"[a-z0-9-]+", text):
-                raise ValueError(
-                    f"{name} must name a Prefect Secret block (lower-case letters, digits, dashes), never hold the secret itself"
-                )
-        return value
+        return _checked_variables(value, secret=info.field_name == "secret_environment", reserved=RESERVED_VARIABLES)
 
     @field_validator("cpus", "timeout_seconds")
     @classmethod
     def _positive(cls, value: float | None, info: ValidationInfo) -> float | None:
-        most, example = {"cpus": (1024, "0.5 or 4"), "timeout_seconds": (10 * 365 * 86400, "3600")}[str(info.field_name)]
-        if value is not None and not (math.isfinite(value) and 0.01 <= value <= most):
-            raise ValueError(f"{value} makes no sense. Write a number from 0.01 to {most}, such as {example}")
-        return value
+        return _checked_amount(value, str(info.field_name))
 
     @field_validator("gpu_count", mode="before")
     @classmethod
@@ -479,6 +463,175 @@ class Algorithm(Block):
                 f"memory_max is {self.memory_max} and must be more than memory, {self.memory}. Raise it, or leave it empty"
             )
         return self
+
+
+class StationMount(BaseModel):
+    """What a station gives a train to read: exactly one of a folder or file of its machine and one of its storages."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    target: str = Field(description="Path in the train's container, such as /data.")
+    host_path: str | None = Field(default=None, description="Folder or file of the station's machine.")
+    storage: str | None = Field(default=None, description="Name of a storage in the machine's setting OASIS_FLOWS_STORAGES.")
+    read_only: bool = Field(default=True, description="The train may not write to it.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StationMount:
+        if bool(self.host_path) == bool(self.storage):
+            raise ValueError("a mount has exactly one source. Give either host_path or storage")
+        if self.host_path and not self.host_path.startswith("/"):
+            raise ValueError(f"host_path {self.host_path!r} is relative. Write the whole path")
+        self.target = _as_value_error(checked_path, self.target)
+        return self
+
+
+class StationPolicy(BaseModel):
+    """What a station lets trains do, and what it demands of them."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    allowed_images: list[str] = Field(
+        default_factory=list,
+        description="Patterns of names such as registry.example.org/trains/*, or digests; a train is one of them. Empty: any.",
+    )
+    forbid_network: bool = Field(default=False, description="Trains run without any network.")
+    demand_rebase: bool = Field(default=False, description="Only files that a train exports by name travel on.")
+    max_size: str | None = Field(default=None, description="A successor brings at most this much, such as 100MiB.")
+    require_signature: bool = Field(
+        default=False, description="A train comes with a record, each link of it signed by a trusted station."
+    )
+    hold_for_approval: bool = Field(default=False, description="Nothing leaves before somebody has seen what, and agreed.")
+    approval_seconds: int = Field(default=86400, ge=1, description="How long an answer is waited for; then it is no.")
+
+    @field_validator("max_size")
+    @classmethod
+    def _size(cls, value: str | None) -> str | None:
+        _as_value_error(parse_bytes, value) if value else None
+        return value or None
+
+
+class Station(Block):
+    """A place that has data, and lets trains come to them.
+
+    Attributes:
+        station_id: The number by which trains know it.
+        environment: What it gives a train.
+
+    Example:
+        ```python
+        from oasis_flows.blocks import Station
+
+        Station(
+            station_id=1,
+            environment={"PHT_FHIR_URL": "https://fhir.example.org/r4"},
+            secret_environment={"PHT_FHIR_TOKEN": "fhir-token"},
+            registry="registry.example.org/trains",
+        ).save("hospital-a")
+        station = Station.load("BLOCK_NAME")
+        ```
+    """
+
+    model_config = _CONFIG
+
+    _block_type_name = "Station"
+    _block_type_slug = "station"
+    _description = "A place that has data, and lets trains come to them."
+    _logo_url = _LOGO
+    _documentation_url: ClassVar[Any] = _DOCUMENTATION
+
+    station_id: int = Field(ge=1, description="The number by which trains know the station.")
+    work_pool: str | None = Field(
+        default=None, description="Work pool whose workers are beside the data. Empty: that of the deployment train."
+    )
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="What trains require of it: addresses, choices and paths in the container."
+    )
+    secret_environment: dict[str, str] = Field(
+        default_factory=dict,
+        description="The same with secret values, such as tokens: variable name to the name of a Prefect Secret block.",
+    )
+    mounts: list[StationMount] = Field(
+        default_factory=list, description="What trains see of its machine: a list of {target, host_path or storage, read_only}."
+    )
+    registry: str | None = Field(
+        default=None,
+        description="Where trains travel on from, such as registry.example.org/trains. Empty: they stay in the station's engine.",
+    )
+    registry_credentials: DockerRegistryCredentials | None = Field(
+        default=None, description="Login for a registry that asks for one; trains are fetched with it, too."
+    )
+    policy: StationPolicy = Field(
+        default_factory=StationPolicy, description="What trains may do here, and what is demanded of them."
+    )
+    signing_key: str | None = Field(
+        default=None,
+        description="Name of the Prefect Secret block of its key; made when it is not there. Empty: a file of the worker's machine.",
+    )
+    cpus: float = Field(default=1, description="Hard limit of a train's processors; 0.5 is half of one.")
+    memory: str = Field(default="1GiB", description="Hard limit of a train's memory, such as 512MiB or 8GiB.")
+    timeout_seconds: float | None = Field(default=None, description="Hard limit of a train's running time. Empty: none.")
+
+    @field_validator("environment", "secret_environment", mode="before")
+    @classmethod
+    def _variables(cls, value: object, info: ValidationInfo) -> object:
+        return _checked_variables(value, secret=info.field_name == "secret_environment", reserved=STATION_VARIABLES)
+
+    @field_validator("cpus", "timeout_seconds")
+    @classmethod
+    def _positive(cls, value: float | None, info: ValidationInfo) -> float | None:
+        return _checked_amount(value, str(info.field_name))
+
+    @field_validator("memory")
+    @classmethod
+    def _memory(cls, value: str) -> str:
+        if _as_value_error(parse_bytes, value) < _LEAST_MEMORY:
+            raise ValueError(f"{value} makes no sense. Write a size from {_LEAST_MEMORY >> 20}MiB, such as 512MiB or 8GiB")
+        return value
+
+    @field_validator("registry")
+    @classmethod
+    def _registry(cls, value: str | None) -> str | None:
+        if value and not re.fullmatch(r"[a-z0-9][a-z0-9._-]*(:\d+)?(/[a-z0-9][a-z0-9._-]*)*", value.rstrip("/")):
+            raise ValueError(
+                f"{value!r} is no place in a registry. Write HOST[:PORT]/FOLDER, without https:// and without a tag"
+            )
+        return (value or "").rstrip("/") or None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Station:
+        if both := sorted(self.environment.keys() & self.secret_environment.keys()):
+            raise ValueError(f"{both[0]} is in environment and in secret_environment. Keep one of them")
+        targets = [mount.target for mount in self.mounts]
+        if twice := [target for target in targets if targets.count(target) > 1]:
+            raise ValueError(f"two things are to be mounted at {twice[0]}. Give one of them another target")
+        return self
+
+
+def _checked_variables(value: object, *, secret: bool, reserved: frozenset[str]) -> object:
+    """The variables of an environment, if a container can have them; those of a secret one name Secret blocks."""
+    for name, text in value.items() if isinstance(value, Mapping) else ():
+        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a variable. Use letters, digits and _, not beginning with a digit")
+        if name in reserved or name.startswith((VARIABLE_PREFIX, SECRET_PREFIX)):
+            raise ValueError(f"{name} is set by oasis-flows itself. Choose another name")
+        if not isinstance(text, str):
+            raise ValueError(
+                f'the value of {name} is {text!r}, which is no text. Put it in quotes: {name}: "{str(text).lower()}"'
+            )
+        if "\0" in text:
+            raise ValueError(f"the value of {name} holds a NUL character. Remove it")
+        if secret and not re.fullmatch(r"[a-z0-9-]+", text):
+            raise ValueError(
+                f"{name} must name a Prefect Secret block (lower-case letters, digits, dashes), never hold the secret itself"
+            )
+    return value
+
+
+def _checked_amount(value: float | None, field: str) -> float | None:
+    most, example = {"cpus": (1024, "0.5 or 4"), "timeout_seconds": (10 * 365 * 86400, "3600")}[field]
+    if value is not None and not (math.isfinite(value) and 0.01 <= value <= most):
+        raise ValueError(f"{value} makes no sense. Write a number from 0.01 to {most}, such as {example}")
+    return value
 
 
 def _folder_url(value: str) -> str:

@@ -22,13 +22,13 @@ from prefect.blocks.core import Block
 from prefect.blocks.system import Secret
 from pydantic import SecretStr, ValidationError
 
-from .blocks import Algorithm, Dataset, DatasetStore, DockerImage, Prerequisite
+from .blocks import Algorithm, Dataset, DatasetStore, DockerImage, Prerequisite, Station
 from .errors import InvalidDocument, InvalidPrerequisite
 from .item import UniqueKeys, document_name, parse, read as read_item, requirements
 from .prerequisites import Found, resolve
 
 BLOCK_TYPES: Mapping[str, type[Block]] = {
-    block.get_block_type_slug(): block for block in (DockerImage, DatasetStore, Dataset, Prerequisite, Algorithm)
+    block.get_block_type_slug(): block for block in (DockerImage, DatasetStore, Dataset, Prerequisite, Algorithm, Station)
 }
 _REFERENCE = re.compile(r"\{\{\s*prefect\.blocks\.([a-z0-9-]+)\.([a-z0-9-]+)\s*\}\}")
 

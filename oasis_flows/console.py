@@ -23,8 +23,12 @@ from .plan import checked_name, location, prerequisites_of
 from .progress import Bar
 from .run_commands import batch, plan_batch, run
 from .running import follow, open_log, split_lines
+from .train_commands import train_check, train_describe, train_key, train_route, train_run, train_verify
 
-__all__ = ["apply", "batch", "check", "dataset_add", "dataset_get", "dataset_ls", "doctor", "log", "plan_batch", "reap", "run"]
+__all__ = [
+    "apply", "batch", "check", "dataset_add", "dataset_get", "dataset_ls", "doctor", "log", "plan_batch", "reap", "run",
+    "train_check", "train_describe", "train_key", "train_route", "train_run", "train_verify",
+]  # fmt: skip
 
 Options = argparse.Namespace
 

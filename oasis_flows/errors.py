@@ -28,6 +28,11 @@
     ├── ProcessGone *            a run's process was killed; told by the reaper, never raised
     ├── RunInUse                 another process works on this very run
     ├── InternalError            a fault of this package, or of a library beneath
+    ├── ProtocolError            a train's answer is none of the Train API
+    ├── TrainRefused             a station does not let a train run, or not travel on; nothing of it stays
+    ├── TrainFailed              a train ran, and says or shows that it did not succeed
+    │   └── TrainStopped             it says that it neither succeeded nor failed
+    ├── ChainBroken              a train's record does not hold: signature, order, image or summary
     ├── FilesFailed              some files of a batch failed alone; the others' output is published
     └── AlgorithmFailed          it ran and failed: read its log; its code is its verdict's
 
@@ -240,6 +245,40 @@ class FilesFailed(OasisError):
     code = "files_failed"
     exit_code = 1
     stage = "run_container"
+
+
+class ProtocolError(OasisError):
+    """A train's answer is none of the Train API; the message quotes the end of it."""
+
+    code = "protocol_error"
+    exit_code = 1
+
+
+class TrainRefused(OasisError):
+    """A station does not let a train run, or not travel on: requirements, policy, or a person's answer."""
+
+    code = "train_refused"
+    exit_code = 2
+
+
+class TrainFailed(OasisError):
+    """A train ran and did not succeed: by its own word, or because its word and its exit code differ."""
+
+    code = "train_failed"
+    exit_code = 1
+
+
+class TrainStopped(TrainFailed):
+    """A train ended in the state `application`: by its own word neither a success nor a failure."""
+
+    code = "train_application"
+
+
+class ChainBroken(OasisError):
+    """The record of a train's visits does not hold; the message names the first thing that does not."""
+
+    code = "chain_broken"
+    exit_code = 1
 
 
 class AlgorithmFailed(OasisError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -44,18 +44,24 @@ LEFT_BEHIND = "This user may not delete all of the workspace %s, such as files t
 
 def announce(plan: Plan) -> None:
     """Write on the flow run whose it is and where its output goes, so that people and `oasis-flows log` find both."""
-    run_id = UUID(plan.run_id)
-    # What an earlier attempt of this run failed of is no longer so.
-    earlier = {tag for tag in runtime.flow_run.tags if not tag.startswith(FAILED_TAG)}
-    tags = {*earlier, f"algorithm:{plan.algorithm_name}", f"dataset:{plan.dataset_name}"}
-    labels: dict[str, Any] = {LABEL_OUTPUT: plan.output.url, LABEL_HOST: socket.gethostname()}
+    labels = {LABEL_OUTPUT: plan.output.url}
     if plan.store is not None and plan.store._block_document_name:
         labels[LABEL_STORE] = plan.store._block_document_name
+    mark([f"algorithm:{plan.algorithm_name}", f"dataset:{plan.dataset_name}"], labels)
+
+
+def mark(tags: Sequence[str], labels: Mapping[str, str]) -> None:
+    """Add tags and labels to the flow run, and the machine that it is on."""
+    run_id = UUID(str(runtime.flow_run.id))
+    # What an earlier attempt of this run failed of is no longer so.
+    earlier = {tag for tag in runtime.flow_run.tags if not tag.startswith(FAILED_TAG)}
+    told: dict[str, Any] = {**labels, LABEL_HOST: socket.gethostname()}
 
     def write() -> None:
         with get_client(sync_client=True) as client:
-            client.update_flow_run(run_id, tags=sorted(tags))
-            client.update_flow_run_labels(run_id, labels)
+            if tags:
+                client.update_flow_run(run_id, tags=sorted({*earlier, *tags}))
+            client.update_flow_run_labels(run_id, told)
 
     patiently(write)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from prefect_docker.host import DockerHost
 
 from .capacity import Node
-from .engines import Engine
-from .errors import DescriptionError
+from .engines import Engine, ImageEngine
+from .errors import DescriptionError, UnsupportedByEngine
 from .settings import Settings
 from .snapshots import nodes_in
 
@@ -40,6 +40,21 @@ def open_engine(settings: Settings) -> Engine:
             "Make it in the Prefect UI, or unset the variable to use the machine's own engine."
         ) from None
     return DockerEngine(host.get_client)
+
+
+def image_engine(settings: Settings) -> ImageEngine:
+    """The engine, if it can make images out of containers.
+
+    Raises:
+        UnsupportedByEngine: it cannot.
+        DescriptionError: as `open_engine`.
+    """
+    engine = open_engine(settings)
+    if not isinstance(engine, ImageEngine):
+        raise UnsupportedByEngine(
+            "The engine cannot make images out of containers, and trains travel as such. Use a Docker engine."
+        )
+    return engine
 
 
 def nodes_now(settings: Settings, without: str | None = None) -> tuple[Node, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prefect.blocks.system import Secret
+from prefect_docker.credentials import DockerRegistryCredentials
 from pydantic import BaseModel, Field
 
 from . import command as commands, documents, oscar, storages, wrapper
@@ -136,7 +137,7 @@ def plan_run(
     entrypoint, command = _argv(algorithm, values)
     environment = {name: commands.render_text(text, values) for name, text in algorithm.environment.items()}
     wanted = {**algorithm.secret_environment, **{secret_variable(block): block for block in prerequisites.secrets}}
-    secrets = {variable: _secret(variable, block) for variable, block in wanted.items()}
+    secrets = {variable: secret_value(variable, block) for variable, block in wanted.items()}
     argv = (*_wrapped(prerequisites, settings), *(entrypoint or ()), *(command or ()))
     commands.check_sizes(argv, environment | secrets | commands.variables(values))
     return Plan(
@@ -291,12 +292,16 @@ def _with_wrapper(job: ContainerJob, prerequisites: Resolution, workspace: Works
 
 def image_source(image: DockerImage) -> ImageSource:
     """The image that a document means."""
-    login = None
-    if image.registry_credentials is not None:
-        found = image.registry_credentials
-        _check_secret(found.password.get_secret_value(), "registry_credentials")
-        login = RegistryLogin(registry=found.registry_url, username=found.username, password=found.password.get_secret_value())
-    return ImageSource(image_id=image.image_id, image_file=image.image_file, login=login)
+    return ImageSource(image_id=image.image_id, image_file=image.image_file, login=login_of(image.registry_credentials))
+
+
+def login_of(credentials: DockerRegistryCredentials | None) -> RegistryLogin | None:
+    """The login that a document means, if there is one."""
+    if credentials is None:
+        return None
+    password = credentials.password.get_secret_value()
+    _check_secret(password, "registry_credentials")
+    return RegistryLogin(registry=credentials.registry_url, username=credentials.username, password=password)
 
 
 def location(dataset: Dataset) -> Location:
@@ -359,7 +364,12 @@ def _argv(algorithm: Algorithm, values: Mapping[str, Scalar]) -> tuple[tuple[str
     return argv[: len(entrypoint)] or None, argv[len(entrypoint) :] or None
 
 
-def _secret(variable: str, block: str) -> str:
+def secret_value(variable: str, block: str) -> str:
+    """The text that a Secret block holds, for a variable.
+
+    Raises:
+        DescriptionError: there is no such block, or it holds no text.
+    """
     found = documents.find(Secret, block)
     if found is None:
         raise DescriptionError(

@@ -8,6 +8,8 @@
 `OASIS_FLOWS_RETRY_WINDOW`  seconds that the container of a run whose process died waits for a retry to take it up (60)
 `OASIS_FLOWS_MARKETPLACES`  where `marketplace://` looks, in order: folders, URLs, and `prefect` for the server ("prefect")
 `OASIS_FLOWS_STORAGES`      what storages of prerequisites are here: a file, or YAML or JSON itself (see `storages`)
+`OASIS_FLOWS_TRUSTED_STATIONS`  public keys of stations whose records of trains are believed: a file, or YAML or JSON itself,
+                            that maps a station's name to its key or a list of keys (none)
 `OASIS_FLOWS_MAX_HOLD`      seconds that the callbacks after an algorithm may take, such as one for debugging (3600)
 `OASIS_FLOWS_HEADROOM`      the part of a machine's processors and memory that batches may fill (0.8)
 `OASIS_FLOWS_CAPACITY`      file with a snapshot of the machines that batches run on, in place of the engine's own answer
@@ -44,6 +46,7 @@ class Settings:
     marketplaces: tuple[str, ...] = ("prefect",)
     storages: Mapping[str, Any] = field(default_factory=dict)
     hold_seconds: float = 3600
+    trusted_stations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def workspaces(self) -> Path:
@@ -59,6 +62,16 @@ class Settings:
     def caches(self) -> Path:
         """What prerequisites keep for the next run."""
         return self.home / "caches"
+
+    @property
+    def keys(self) -> Path:
+        """The private keys of this machine's stations."""
+        return self.home / "keys"
+
+    @property
+    def trains(self) -> Path:
+        """What is kept of trains: the records of their visits, and which generation of the Train API they speak."""
+        return self.home / "trains"
 
     @property
     def datasets(self) -> Path:
@@ -83,20 +96,36 @@ def current() -> Settings:
         keep_caches_seconds=3600 * _seconds("OASIS_FLOWS_KEEP_CACHES_HOURS", "720"),
         marketplaces=tuple(re.split(r"[\s,]+", (env("OASIS_FLOWS_MARKETPLACES") or "prefect").strip(" ,"))),
         storages=_table("OASIS_FLOWS_STORAGES"),
+        trusted_stations=_keys("OASIS_FLOWS_TRUSTED_STATIONS"),
         hold_seconds=_seconds("OASIS_FLOWS_MAX_HOLD", "3600"),
         headroom=_part("OASIS_FLOWS_HEADROOM", "0.8"),
         capacity=Path(env("OASIS_FLOWS_CAPACITY") or "").expanduser() if env("OASIS_FLOWS_CAPACITY") else None,
     )
 
 
-def _table(name: str) -> Mapping[str, Any]:
+def _written(name: str) -> object:
     text = (os.environ.get(name) or "").strip()
     try:
-        found = yaml.safe_load(text if not text or "{" in text or "\n" in text else Path(text).expanduser().read_text())
+        return yaml.safe_load(text if not text or "{" in text or "\n" in text else Path(text).expanduser().read_text())
     except (OSError, yaml.YAMLError) as error:
         raise DescriptionError(
             f"The setting {name} cannot be read. Give the path of a YAML file, or JSON. The cause: {type(error).__name__}: {error}"
         ) from error
+
+
+def _keys(name: str) -> Mapping[str, tuple[str, ...]]:
+    found = _written(name)
+    rows = (
+        {key: (value,) if isinstance(value, str) else value for key, value in found.items()} if isinstance(found, dict) else {}
+    )
+    wrong = found is not None and not isinstance(found, dict)
+    if wrong or any(not isinstance(row, tuple | list) or not all(isinstance(key, str) for key in row) for row in rows.values()):
+        raise DescriptionError(f'The setting {name} holds no keys of stations. Write {{"hospital-a": "its public key"}}.')
+    return {str(station): tuple(row) for station, row in rows.items()}
+
+
+def _table(name: str) -> Mapping[str, Any]:
+    found = _written(name)
     if found is not None and not (isinstance(found, dict) and all(isinstance(rows, dict) for rows in found.values())):
         raise DescriptionError(
             f"The setting {name} holds no table. Write engines, and their storages below: "

@@ -19,14 +19,22 @@ An engine keeps these promises; `tests/contract` has a test for each number and 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 from ..capacity import Node
-from ..job import ContainerExit, ContainerJob, ImageSource, LogSink
+from ..job import ContainerExit, ContainerJob, ImageSource, LogSink, RegistryLogin
+from ..lineage import Content
 
-__all__ = ["Description", "Engine"]
+__all__ = ["AtEnd", "Description", "Engine", "ImageEngine"]
+
+# All files of a container or an image, as a tar archive; it can be asked for again and again.
+Files = Callable[[], AbstractContextManager[IO[bytes]]]
+# Called with how a container ended, while it is still there, and its files.
+AtEnd = Callable[[ContainerExit, Files], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,4 +114,51 @@ class Engine(Protocol):
         Raises:
             EngineUnavailable: it does not answer.
         """
+        ...
+
+
+@runtime_checkable
+class ImageEngine(Engine, Protocol):
+    """An engine that also makes images out of containers: what trains need.
+
+    All that it makes meanwhile is removed before a call returns, or seen by `reap`: containers by their lease, and images
+    under a run's `draft`, which is one name for each run.
+    """
+
+    def run_to(self, job: ContainerJob, log: LogSink, at_end: AtEnd) -> ContainerExit:
+        """As `run`; and `at_end` is called before the container is removed. What it raises is raised."""
+        ...
+
+    def content(self, image: str) -> Content | None:
+        """Configuration and layers of an image that the engine has; `None` where it has none of this name."""
+        ...
+
+    def files(self, job: ContainerJob) -> AbstractContextManager[IO[bytes]]:
+        """The files of the job's image, by a container that never starts."""
+        ...
+
+    def extend(self, image: str, layer: Path, change: Callable[[Mapping[str, Any]], Mapping[str, Any]], owner: Path) -> str:
+        """Put a layer, a plain tar archive, on an image; return the name of the run's draft, which is that now.
+
+        `owner` is the run's lease, `<workspaces>/<run id>/lease`.
+
+        `change` makes the new `config` of the old one. Nothing else of the image's configuration is carried over but its
+        platform and its history.
+        """
+        ...
+
+    def push(self, image: str, reference: str, login: RegistryLogin | None) -> str:
+        """Push an image under a name that the engine does not keep; return it pinned by digest.
+
+        Raises:
+            ImageDenied, RegistryUnavailable, ImageNotFound (a name that none can have): as the registry answers.
+        """
+        ...
+
+    def name(self, image: str, reference: str) -> str:
+        """Give an image of the engine a name that it keeps; return its id."""
+        ...
+
+    def forget(self, reference: str) -> None:
+        """Take a name, and the image if it was its last, out of the engine, unless somebody uses it."""
         ...

@@ -7,16 +7,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from socket import gethostname
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from .. import lease
 from ..capacity import Node
 from ..errors import EngineUnavailable
-from ..job import ContainerExit, ContainerJob, ImageSource, LogSink, human_bytes
+from ..job import ContainerExit, ContainerJob, ImageSource, LogSink, RegistryLogin, human_bytes
+from ..lineage import Content
 from ..snapshots import docker_node
-from . import Description, docker_image, docker_run, docker_spec as spec
+from . import AtEnd, Description, docker_image, docker_layer, docker_run, docker_spec as spec
 from .docker_errors import HOW_TO_GET_AN_ENGINE, translated
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def connect() -> DockerClient:
 
 
 class DockerEngine:
-    """Implements `Engine` with the Docker Engine API, from version 1.41 (Docker 20.10) on.
+    """Implements `Engine` and `ImageEngine` with the Docker Engine API, from version 1.41 (Docker 20.10) on.
 
     Safe to share between threads: every call opens a client of its own and closes it.
 
@@ -108,6 +110,10 @@ class DockerEngine:
             DescriptionError: the engine refuses the description.
             EngineUnavailable, ContainerLost: the verdict is unknown.
         """
+        return self.run_to(job, log, lambda *_: None)
+
+    def run_to(self, job: ContainerJob, log: LogSink, at_end: AtEnd) -> ContainerExit:
+        """As `run`, with a look at what the container leaves; see `ImageEngine.run_to`."""
         with self._api(f"running {spec.container_name(job)}") as api:
             info = api.info()
             spec.refuse_unenforced(info)
@@ -115,7 +121,9 @@ class DockerEngine:
                 found = docker_run.find_container(api, job) or docker_run.create_container(api, job, info)
                 if isinstance(found, ContainerExit):
                     return found
-                return docker_run.Supervision(api, job, found, log, self._patience, info).run()
+                exit = docker_run.Supervision(api, job, found, log, self._patience, info).run()
+                at_end(exit, partial(docker_layer.exported, api, found.id))
+                return exit
             finally:
                 docker_run.remove_run(api, job)
 
@@ -123,6 +131,37 @@ class DockerEngine:
         """Is there a container of the job to re-attach to; see `Engine.find`."""
         with self._api(f"looking for {spec.container_name(job)}") as api:
             return docker_run.find_container(api, job) is not None
+
+    def content(self, image: str) -> Content | None:
+        """See `ImageEngine.content`."""
+        with self._api("looking at an image") as api:
+            return docker_layer.content(api, image)
+
+    @contextmanager
+    def files(self, job: ContainerJob) -> Iterator[IO[bytes]]:
+        """See `ImageEngine.files`."""
+        with self._api(f"reading the files of {job.image}") as api, docker_layer.files_of_image(api, job) as stream:
+            yield stream
+
+    def extend(self, image: str, layer: Path, change: docker_layer.Change, owner: Path) -> str:
+        """See `ImageEngine.extend`. The whole image passes through an unnamed file in `spool`."""
+        with self._api("making an image") as api:
+            return docker_layer.extend(api, image, layer, change, owner, self._spool or Path(tempfile.gettempdir()))
+
+    def push(self, image: str, reference: str, login: RegistryLogin | None) -> str:
+        """See `ImageEngine.push`."""
+        with self._api(f"pushing {reference}") as api:
+            return docker_layer.push(api, image, reference, login)
+
+    def name(self, image: str, reference: str) -> str:
+        """See `ImageEngine.name`."""
+        with self._api(f"naming an image {reference}") as api:
+            return docker_layer.name(api, image, reference)
+
+    def forget(self, reference: str) -> None:
+        """See `ImageEngine.forget`."""
+        with self._api(f"removing the image {reference}") as api:
+            docker_layer.forget(api, reference)
 
     def describe(self) -> Description:
         """What the engine says about itself."""
@@ -162,6 +201,7 @@ class DockerEngine:
                     if free:
                         docker_run.remove_container(api, row["Id"])
                         gone.append(row["Labels"].get(spec.RUN_ID, ""))
+            docker_layer.reap_drafts(api, run_id, grace_seconds=grace_seconds, below=below)
             return tuple(dict.fromkeys(gone))
 
     @contextmanager

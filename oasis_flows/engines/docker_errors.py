@@ -121,6 +121,28 @@ def pull_error(reference: str, words: str, *, with_login: bool) -> OasisError:
     return EngineError(f"The engine could not pull the image {reference}. See the engine's own log.{said}")
 
 
+def push_error(reference: str, words: str, *, with_login: bool) -> OasisError:
+    """The error that an engine's answer to a push stands for."""
+    said = f" The engine said: {words}"
+    if _DENIED.search(words):
+        what = "these credentials" if with_login else "to take it without a login"
+        advice = (
+            "Correct the user name, the password or the rights behind registry_credentials"
+            if with_login
+            else "Give registry_credentials"
+        )
+        return ImageDenied(f"The registry of {reference} refuses {what}. {advice} in the Station document.{said}")
+    if _BAD_NAME.search(words):
+        return ImageNotFound(
+            f"{reference!r} is not a name that an image can have. Correct `registry` in the Station document.{said}"
+        )
+    if _REGISTRY_AWAY.search(words):
+        return RegistryUnavailable(
+            f"The registry of {reference} did not answer. Check its name and the network of the engine.{said}"
+        )
+    return EngineError(f"The engine could not push the image {reference}. See the engine's own log.{said}")
+
+
 def _advice(with_login: bool) -> str:
     local = "Check its spelling; an image built on another machine must be pushed to a registry or given as image_file."
     return local if with_login else f"{local} A private one needs registry_credentials."

@@ -14,7 +14,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from ..errors import InvalidImageFile
 
@@ -116,12 +116,32 @@ def read_archive(file: IO[bytes], label: str) -> ImageArchive:
     )
 
 
-def docker_stream(file: IO[bytes], image: ImageArchive, label: str) -> Iterator[bytes]:
-    """The image as a tar archive for `POST /images/load`, without any tag."""
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """A layer on top of an image, with the configuration and the one name that the whole gets."""
+
+    layer: IO[bytes]
+    config_bytes: bytes
+    tag: str
+
+
+def docker_stream(file: IO[bytes], image: ImageArchive, label: str, extension: Extension | None = None) -> Iterator[bytes]:
+    """The image as a tar archive for `POST /images/load`, without any tag; or an image that extends it."""
     names = {name: f"layer-{number}.tar" for number, name in enumerate(dict.fromkeys(image.layers))}
-    manifest = [{"Config": "config.json", "RepoTags": None, "Layers": [names[name] for name in image.layers]}]
-    for name, data in (("manifest.json", json.dumps(manifest).encode()), ("config.json", image.config_bytes)):
+    layers = [names[name] for name in image.layers]
+    more, tags, config = (
+        (["extension.tar"], [extension.tag], extension.config_bytes) if extension else ([], None, image.config_bytes)
+    )
+    manifest = [{"Config": "config.json", "RepoTags": tags, "Layers": [*layers, *more]}]
+    for name, data in (("manifest.json", json.dumps(manifest).encode()), ("config.json", config)):
         yield _header(name, len(data)) + data + _padding(len(data))
+    if extension is not None:
+        size = extension.layer.seek(0, 2)
+        extension.layer.seek(0)
+        yield _header("extension.tar", size)
+        while data := extension.layer.read(_CHUNK):
+            yield data
+        yield _padding(size)
     with _readable(label):
         for tar, member in _members(file):
             wanted = names.pop(posixpath.normpath(member.name), None) if member.isreg() else None
@@ -133,6 +153,18 @@ def docker_stream(file: IO[bytes], image: ImageArchive, label: str) -> Iterator[
                 yield data
             yield _padding(member.size)
     yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def read_layers(file: IO[bytes], image: ImageArchive, label: str) -> Iterator[tuple[str, IO[bytes]]]:
+    """Each layer of the image by its name in the archive, with its bytes before any compression, to be read at once."""
+    with _readable(label):
+        for tar, member in _members(file):
+            name = posixpath.normpath(member.name)
+            body = tar.extractfile(member) if member.isreg() and name in image.layers else None
+            if body is not None:
+                packed = body.read(2) == b"\x1f\x8b"
+                body.seek(0)
+                yield name, cast(IO[bytes], gzip.GzipFile(fileobj=body)) if packed else body
 
 
 def _header(name: str, size: int) -> bytes:

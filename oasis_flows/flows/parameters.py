@@ -18,6 +18,12 @@ def run_name() -> str:
     return f"{_name_of(given.get('algorithm'))} on {_name_of(given.get('input_dataset'))}"
 
 
+def visit_name() -> str:
+    """The name of a visit's flow run that begins."""
+    given = runtime.flow_run.parameters
+    return f"{str(given.get('image', '?')).partition('@')[0].rpartition('/')[2][:100]} at {_name_of(given.get('station'))}"
+
+
 def _name_of(value: object) -> str:
     if isinstance(value, Block):
         return str(value._block_document_name or getattr(value, "url", value.get_block_type_slug()))

@@ -12,7 +12,7 @@ from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
 from oasis_flows.errors import DescriptionError
 from tests.servers.prefect import PrefectServer
 
-SLUGS = {"algorithm", "dataset", "dataset-store", "docker-image", "prerequisite"}
+SLUGS = {"algorithm", "dataset", "dataset-store", "docker-image", "prerequisite", "station"}
 
 
 def test_prefects_own_command_registers_the_types(prefect_server: PrefectServer):

@@ -188,9 +188,11 @@ def deployed(prefect_server: PrefectServer) -> PrefectServer:
 
 
 @contextlib.contextmanager
-def worker_process(server: PrefectServer, log: Path, **changes: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker of the pool `gpu-process`, in a session of its own."""
-    command = [str(BIN / "prefect"), "worker", "start", "--pool", "gpu-process", "--name", log.stem]
+def worker_process(
+    server: PrefectServer, log: Path, *, pool: str = "gpu-process", **changes: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker of a pool, in a session of its own."""
+    command = [str(BIN / "prefect"), "worker", "start", "--pool", pool, "--name", log.stem]
     env = server.env | {"PREFECT_WORKER_QUERY_SECONDS": "1", **changes}
     with log.open("wb") as said:
         process = subprocess.Popen(command, env=env, stdout=said, stderr=said, stdin=subprocess.DEVNULL, start_new_session=True)

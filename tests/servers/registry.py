@@ -23,15 +23,15 @@ class Registry:
     address: str
     login: RegistryLogin | None
 
-    def push(self, api: Any, image: str, name: str) -> str:
-        """Push an image of the engine under `name:1` and remove that name from the engine; return the reference."""
+    def push(self, api: Any, image: str, name: str, tag: str = "1") -> str:
+        """Push an image of the engine under `name:tag` and remove that name from the engine; return the reference."""
         reference = f"{self.address}/{name}"
         auth = {"username": self.login.username, "password": self.login.password} if self.login else None
-        api.tag(image, reference, "1")
-        for event in api.push(reference, "1", stream=True, decode=True, auth_config=auth):
+        api.tag(image, reference, tag)
+        for event in api.push(reference, tag, stream=True, decode=True, auth_config=auth):
             assert "error" not in event, event
-        api.remove_image(f"{reference}:1")
-        return f"{reference}:1"
+        api.remove_image(f"{reference}:{tag}")
+        return f"{reference}:{tag}"
 
 
 def free_port() -> int:

@@ -19,12 +19,13 @@ import pytest
 import yaml
 from prefect.blocks.core import Block
 from prefect.events.schemas.automations import AutomationCore, EventTrigger
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import oasis_flows
 from oasis_flows import catalogue, symptoms
 from oasis_flows.__main__ import _parser
-from oasis_flows.blocks import RESERVED_VARIABLES
+from oasis_flows.blocks import RESERVED_VARIABLES, STATION_VARIABLES, StationMount, StationPolicy
 from oasis_flows.errors import OasisError
 from oasis_flows.job import Reason
 from oasis_flows.verdict import _SIGNALS, Verdict
@@ -58,6 +59,8 @@ def type_words(annotation: Any) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if isinstance(annotation, type) and issubclass(annotation, Block):
         return f"reference to a `{annotation.get_block_type_slug()}`"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "fields"
     return names.get(annotation) or "reference to a `secret`"
 
 
@@ -65,7 +68,7 @@ def default_words(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
     if field.is_required():
         return "required"
-    if default in (None, "", {}, []):
+    if default in (None, "", {}, []) or isinstance(default, BaseModel):
         return "empty"
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
@@ -87,10 +90,21 @@ def test_every_field_of_every_block_is_in_the_reference():
     assert not missing, "docs/reference/blocks.md lacks:\n" + "\n".join(missing)
 
 
+@pytest.mark.parametrize("model", [StationMount, StationPolicy])
+def test_every_field_below_a_field_is_in_the_reference(model):
+    text = section(REFERENCE / "blocks.md", "Station")
+    rows = [
+        f"| `{name}` | {type_words(field.annotation)} | {default_words(field)} | {field.description} |"
+        for name, field in model.model_fields.items()
+    ]
+
+    assert [row for row in rows if row not in text] == []
+
+
 def test_every_variable_of_a_container_is_in_the_reference():
     text = (REFERENCE / "blocks.md").read_text()
 
-    assert [name for name in [*RESERVED_VARIABLES, "OASIS_PARAMETER_"] if f"`{name}" not in text] == []
+    assert [name for name in [*RESERVED_VARIABLES, *STATION_VARIABLES, "OASIS_PARAMETER_"] if f"`{name}" not in text] == []
 
 
 def commands(parser: argparse.ArgumentParser, words: str = "oasis-flows") -> Iterator[tuple[str, argparse.ArgumentParser]]:

@@ -1,0 +1,520 @@
+"""The steps of a visit, each a Prefect task that finishes once; see `tasks` for what that means."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+from prefect import task
+from prefect.logging import get_run_logger
+from prefect.logging.loggers import PrefectLogAdapter
+
+from . import difference as differences, lineage, log, protocol
+from .difference import Difference
+from .engines import Files, ImageEngine
+from .errors import ImageNotFound, OasisError, ProtocolError, TrainFailed, TrainRefused
+from .job import ContainerExit, ContainerJob, ImageSource, Reason, Stream
+from .lineage import Content, Envelope
+from .machine import image_engine
+from .protocol import MAX_RESPONSE_BYTES, Description, Generation, Question, RunResponse
+from .requirement import Result, evaluate, unmet
+from .settings import Settings
+from .tasks import TRANSFER, step
+from .verdict import Case, failure, judge
+from .visit import (
+    ANSWER,
+    Visit,
+    allowed,
+    judge_run,
+    login_for,
+    probe,
+    question_job,
+    refused_by_policy,
+    run_job,
+)
+from .workspace import Workspace
+
+MARKER_RUN = "run_train"
+LAYER, DIFFERENCE, BASE_LABELS = "layer.tar", "difference.jsonl", lineage.PREFIX
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Train:
+    """A train that has arrived: exactly these bytes, what they are, and the record that came with them.
+
+    `fetched` says that the engine did not have the image before, so that it goes again with the visit.
+    """
+
+    image: str
+    content: Content
+    chain: tuple[Envelope, ...]
+    fetched: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A run that succeeded: how the container ended, what the train said, and what would travel."""
+
+    exit: ContainerExit
+    argv: tuple[str, ...]
+    answer: RunResponse
+    difference: Difference
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A successor without its record, the base that it is built on, by digest, and that base's name where the visit fetched it."""
+
+    name: str
+    base: str
+    fetched: str | None
+
+
+@task(**TRANSFER)
+@step("prepare_train")
+def prepare_train(visit: Visit, settings: Settings) -> Train:
+    """Fetch the train, and see that the station's policy lets it in.
+
+    Raises:
+        TrainRefused: it does not; where the image's name tells so, nothing was fetched.
+        ChainBroken: the record that the policy demands does not hold.
+    """
+    arrived = prepare(visit, settings)
+    get_run_logger().info("The train is %s, after %d visits.", arrived.image, len(arrived.chain))
+    return arrived
+
+
+def prepare(visit: Visit, settings: Settings) -> Train:
+    """As the task, outside a run."""
+    engine = image_engine(settings)
+    if allowed(visit, visit.image) is False:
+        raise _not_allowed(visit, visit.image)
+    fetched = engine.content(visit.image) is None
+    image = engine.prepare(ImageSource(image_id=visit.image, login=login_for(visit, visit.image)))
+    try:
+        content, chain = _let_in(visit, image, engine)
+    except BaseException:
+        if fetched:
+            engine.forget(visit.image)
+        raise
+    return Train(image=image, content=content, chain=chain, fetched=fetched)
+
+
+def _let_in(visit: Visit, image: str, engine: ImageEngine) -> tuple[Content, tuple[Envelope, ...]]:
+    content = engine.content(image)
+    if content is None:
+        raise ImageNotFound(f"The image {image} is no longer in the engine. Somebody removed it meanwhile; run it again.")
+    if not allowed(visit, visit.image, [image.rpartition("@")[2]]):
+        raise _not_allowed(visit, visit.image)
+    chain = lineage.read(content.chain)
+    if visit.station.policy.require_signature and not chain:
+        raise TrainRefused(
+            f"The train {visit.train} comes without any record, and the policy of station {visit.station_name} demands one. "
+            "Let it visit a trusted station first."
+        )
+    return content, chain
+
+
+def _not_allowed(visit: Visit, image: str) -> TrainRefused:
+    patterns = ", ".join(visit.station.policy.allowed_images)
+    return TrainRefused(
+        f"The policy of station {visit.station_name} does not allow the image {image}. Nothing of it was run. Correct "
+        f"`policy.allowed_images` of the Station document, which lists: {patterns}."
+    )
+
+
+@task(**TRANSFER)
+@step("describe_train")
+def describe_train(visit: Visit, train: Train, workspace: Workspace, settings: Settings) -> Description:
+    """Ask the train what it requires, in the generation of the Train API that it speaks.
+
+    Raises:
+        ProtocolError: it speaks none.
+    """
+    found = describe(visit, train, workspace, settings)
+    for warning in found.demand.warnings:
+        get_run_logger().warning("%s", warning)
+    words = ", ".join(requirement.name for requirement in found.demand.requirements) or "nothing"
+    get_run_logger().info("The train speaks the Train API %s, and requires: %s.", found.generation, words)
+    return found
+
+
+def describe(visit: Visit, train: Train, workspace: Workspace, settings: Settings) -> Description:
+    """As the task, outside a run."""
+    known = settings.trains / "generations" / train.content.digest.partition(":")[2]
+    generation = visit.generation
+    if generation is None:
+        with suppress(OSError, ValueError):
+            generation = Generation(known.read_text())
+    if generation is not None:
+        argv = protocol.argv(generation, Question.LIST, station_id=visit.station.station_id)
+        return protocol.read_description(generation, _asked(visit, train.image, argv, Question.LIST, workspace, settings))
+    failures = []
+    for asks, word in ((Generation.ONE, "describe"), (Generation.V1, "list_requirements")):
+        argv = protocol.argv(asks, Question.LIST, station_id=visit.station.station_id)
+        try:
+            answer = _asked(visit, train.image, argv, Question.LIST, workspace, settings)
+        except ProtocolError as error:
+            failures.append(f"To {word}: {error}")
+            continue
+        generation = protocol.generation_of(answer, word)
+        if generation is not None:
+            found = protocol.read_description(generation, answer)
+            with suppress(OSError):
+                known.parent.mkdir(parents=True, exist_ok=True)
+                known.write_text(generation)
+            return found
+        failures.append(f"To {word} it gave an answer without requirements.")
+    raise ProtocolError(
+        f"The image {visit.image} speaks no Train API that is known. It was asked `describe` and `list_requirements`; correct the train, or "
+        f"set its generation. {' '.join(failures)}"
+    )
+
+
+@task(**TRANSFER)
+@step("check_station")
+def check_station(visit: Visit, description: Description) -> tuple[Result, ...]:
+    """See on the station's side whether it has what the train requires.
+
+    Raises:
+        TrainRefused: it has not. The train was given nothing.
+    """
+    results, missing = check(visit, description)
+    if missing:
+        raise _refused(visit, missing, "")
+    return results
+
+
+def check(visit: Visit, description: Description) -> tuple[tuple[Result, ...], tuple[str, ...]]:
+    """Each requirement's result, and what is missing in words."""
+    demand, look = description.demand, probe(visit)
+    results = tuple(evaluate(requirement, visit.environment, look) for requirement in demand.requirements)
+    return results, unmet(demand, results)
+
+
+@task(**TRANSFER)
+@step("check_train")
+def check_train(
+    visit: Visit, train: Train, description: Description, workspace: Workspace, settings: Settings
+) -> tuple[Result, ...]:
+    """Let the train itself check, with what the station gives.
+
+    Raises:
+        TrainRefused: it says that something is missing.
+    """
+    results, missing = check_inside(visit, train, description, workspace, settings)
+    if missing:
+        raise _refused(visit, missing, "by its own check, ")
+    return results
+
+
+def check_inside(
+    visit: Visit, train: Train, description: Description, workspace: Workspace, settings: Settings
+) -> tuple[tuple[Result, ...], tuple[str, ...]]:
+    """As the task, outside a run: each requirement's result, and what is missing in words."""
+    generation = description.generation
+    argv = protocol.argv(generation, Question.CHECK, station_id=visit.station.station_id)
+    answer = _asked(visit, train.image, argv, Question.CHECK, workspace, settings, at_station=True)
+    said = protocol.read_check(generation, answer, description.demand)
+    said = tuple(replace(result, reason=log.redact(result.reason, visit.secrets.values())) for result in said)
+    names = {result.name for result in said}
+    demanded = {requirement.name for requirement in description.demand.requirements}
+    # What it does not speak of it has nothing against.
+    silent = tuple(Result(name, True) for name in demanded - names)
+    beyond = tuple(result.reason or result.name for result in said if not result.met and result.name not in demanded)
+    return said, (*unmet(description.demand, (*said, *silent)), *beyond)
+
+
+def _refused(visit: Visit, missing: Sequence[str], who: str) -> TrainRefused:
+    return TrainRefused(
+        f"Station {visit.station_name} does not have what the train {visit.train} requires: {who}{', and '.join(missing)}. It "
+        f"did not run. Set these in `environment`, `secret_environment` or `mounts` of the Station document {visit.station_name}."
+    )
+
+
+@task(**{**TRANSFER, "retries": 2})
+@step(MARKER_RUN)
+def run_train(visit: Visit, train: Train, generation: Generation, workspace: Workspace, settings: Settings) -> Ended:
+    """Run the train to its end, or re-attach to the one that an earlier attempt left; judge it, and keep what would travel.
+
+    Raises:
+        TrainFailed, AlgorithmFailed, ProtocolError: it did not succeed. Nothing of it is kept but its log.
+        TrainRefused: the policy does not let what it wants to take with it leave.
+    """
+    argv = protocol.argv(
+        generation,
+        Question.RUN,
+        station_id=visit.station.station_id,
+        track_info=visit.track_info,
+        user_data=visit.user_data,
+    )
+    done = workspace.done(MARKER_RUN)
+    if done is None:
+        started, engine = time.monotonic(), image_engine(settings)
+        job = run_job(visit, workspace, train.image, argv, settings)
+        if not engine.find(job):
+            workspace.fresh_notes()
+        stdout = _Stdout()
+        found: list[dict[str, Any]] = []
+
+        def at_end(exit: ContainerExit, files: Files) -> None:
+            answer = _answer(stdout, workspace, Question.RUN)
+            response = protocol.read_run(answer)
+            if judge_run(visit.train, exit, response, None) is None and exit.reason is Reason.OK:
+                found.append(answer)
+                hidden = (*visit.mounted, *cast(Mapping[str, str], exit.in_force.get("tmpfs") or {}))
+                _keep(visit, response, engine, job, files, workspace, hidden)
+
+        exit = _supervised(visit, engine, job, stdout, workspace, at_end)
+        if not found:
+            raise _verdict(visit, exit, stdout, workspace)
+        seconds = time.monotonic() - started
+        workspace.mark_done(MARKER_RUN, {"exit": exit.to_json(), "answer": found[0], "seconds": seconds})
+        done = workspace.done(MARKER_RUN) or {}
+    kept = Difference.from_lines((workspace.path / DIFFERENCE).read_bytes())
+    return Ended(
+        exit=ContainerExit.from_json(done["exit"]), argv=argv, answer=protocol.read_run(done["answer"]), difference=kept
+    )
+
+
+def _supervised(
+    visit: Visit, engine: ImageEngine, job: ContainerJob, stdout: _Stdout, workspace: Workspace, at_end: Any
+) -> ContainerExit:
+    """Run the container with its log kept. An answer that cannot be read is told by `_verdict`, with the exit in hand."""
+    show = cast(PrefectLogAdapter, get_run_logger()).getChild(log.VIEW_LOGGER).info
+    secrets = tuple(visit.secrets.values())
+
+    def look(exit: ContainerExit, files: Files) -> None:
+        with suppress(ProtocolError):
+            at_end(exit, files)
+
+    try:
+        with log.record(workspace.log, show, secrets) as sink:
+
+            def tee(stream: Stream, data: bytes) -> None:
+                stdout(stream, data)
+                sink(stream, data)
+
+            exit = engine.run_to(job, tee, look)
+    except OasisError as error:
+        error.args = tuple(log.redact(str(part), secrets) for part in error.args)
+        raise
+    return replace(exit, detail=log.redact(exit.detail, secrets), last_words=sink.last_words())
+
+
+def _verdict(visit: Visit, exit: ContainerExit, stdout: _Stdout, workspace: Workspace) -> OasisError:
+    """What a run that did not succeed ends with."""
+    answer: RunResponse | ProtocolError
+    try:
+        answer = protocol.read_run(_answer(stdout, workspace, Question.RUN))
+    except ProtocolError as error:
+        answer = error
+    case = Case(
+        algorithm=visit.train,
+        exit=exit,
+        last_lines=log.last_lines(workspace.log, 30),
+        network=not visit.station.policy.forbid_network,
+        writable_root=True,
+        disk_free_bytes=workspace.disk_free_bytes(),
+    )
+    failed = None if exit.reason is Reason.OK else failure(judge(case), exit, str(workspace.log))
+    verdict = judge_run(visit.train, exit, answer, failed)
+    assert verdict is not None  # noqa: S101 - a success was kept
+    verdict.args = (log.redact(str(verdict), visit.secrets.values()), *verdict.args[1:])
+    return verdict
+
+
+def _keep(
+    visit: Visit,
+    answer: RunResponse,
+    engine: ImageEngine,
+    job: ContainerJob,
+    files: Files,
+    workspace: Workspace,
+    hidden: Sequence[str],
+) -> None:
+    """Write down what would travel: the difference, without the places that were `hidden` by mounts; and the layer that makes it."""
+    with engine.files(job) as stream:
+        before = differences.listing(stream)
+    with files() as stream:
+        after = differences.listing(stream)
+    if answer.rebase is not None:
+        found = differences.exported(before, after, answer.rebase.files)
+    else:
+        found = differences.compare(before, after, hidden)
+    if refusal := refused_by_policy(visit, answer, found.size):
+        raise TrainRefused(
+            f"The train {visit.train} {refusal}. Nothing of it leaves. Change the policy, or ask for another train."
+        )
+    if said := [
+        name for name, value in visit.secrets.items() if differences.searchable(value) and value in " ".join(answer.tags)
+    ]:
+        raise TrainFailed(
+            f"The train named its successor after the station's secret {said[0]}. Nothing travels. Correct the train."
+        )
+    with files() as stream, (workspace.path / LAYER).open("wb") as layer:
+        differences.write_layer(stream, layer, found, visit.secrets)
+    (workspace.path / DIFFERENCE).write_bytes(found.lines())
+
+
+@task(**TRANSFER)
+@step("draft_successor")
+def draft_successor(visit: Visit, train: Train, ended: Ended, workspace: Workspace, settings: Settings) -> Draft:
+    """Make the successor without its record."""
+    engine, rebase = image_engine(settings), ended.answer.rebase
+    base, fetched = train.image, None
+    if rebase is not None:
+        # A base is all of an image that would travel: one of the engine's others is not for every train to take along.
+        fetched = rebase.base if engine.content(rebase.base) is None else None
+        base = engine.prepare(ImageSource(image_id=rebase.base, login=login_for(visit, rebase.base)))
+        if not allowed(visit, rebase.base, [base.rpartition("@")[2]]):
+            if fetched:
+                engine.forget(fetched)
+            raise _not_allowed(visit, rebase.base)
+
+    def change(config: Mapping[str, Any]) -> Mapping[str, Any]:
+        return lineage.labelled(config, _labels(visit, train, workspace))
+
+    return Draft(engine.extend(base, workspace.path / LAYER, change, workspace.lease), base, fetched)
+
+
+@task(**TRANSFER)
+@step("summarise_model")
+def summarise_model(visit: Visit, generation: Generation, draft: str, workspace: Workspace, settings: Settings) -> str | None:
+    """Ask the successor for the summary of its model; `None` where it has none to give."""
+    try:
+        return summarise(visit, generation, draft, workspace, settings)
+    except ProtocolError as error:
+        get_run_logger().warning("The successor gives no summary of its model. %s", error)
+        return None
+
+
+def summarise(visit: Visit, generation: Generation, image: str, workspace: Workspace, settings: Settings) -> str:
+    """The summary of the model in an image; raises `ProtocolError` where it gives none."""
+    argv = protocol.argv(generation, Question.SUMMARY, station_id=visit.station.station_id)
+    answer = _asked(visit, image, argv, Question.SUMMARY, workspace, settings)
+    return log.redact(protocol.read_summary(generation, answer), visit.secrets.values())
+
+
+@task(**TRANSFER)
+@step("seal_successor")
+def seal_successor(
+    visit: Visit, train: Train, base: str, chain: Sequence[Envelope], workspace: Workspace, settings: Settings
+) -> str:
+    """Make the successor with its record, which replaces the draft; return it."""
+    labels = _labels(visit, train, workspace) | {lineage.LABEL_CHAIN: lineage.written(chain)}
+    return image_engine(settings).extend(
+        base, workspace.path / LAYER, lambda config: lineage.labelled(config, labels), workspace.lease
+    )
+
+
+@task(**TRANSFER)
+@step("push_successor")
+def push_successor(visit: Visit, draft: str, names: Sequence[str], settings: Settings) -> str:
+    """Push the successor under all its names, or name it in the engine where the station has no registry; return it."""
+    engine = image_engine(settings)
+    if visit.station.registry is None:
+        for name in names:
+            engine.name(draft, name)
+        get_run_logger().info("The train stays in this engine as %s.", ", ".join(names))
+        return names[0]
+    pushed = [engine.push(draft, name, visit.login) for name in names]
+    get_run_logger().info("The train travels on as %s, which is %s.", ", ".join(names), pushed[0])
+    return pushed[0]
+
+
+def _labels(visit: Visit, train: Train, workspace: Workspace) -> dict[str, str]:
+    done = workspace.done(MARKER_RUN) or {}
+    return {
+        f"{BASE_LABELS}predecessor": train.image,
+        f"{BASE_LABELS}station": str(visit.station.station_id),
+        f"{BASE_LABELS}station-name": visit.station_name,
+        f"{BASE_LABELS}time": str(done["exit"]["finished_at"]),
+    }
+
+
+class _Stdout:
+    """Keeps the end of stdout."""
+
+    def __init__(self) -> None:
+        self.end = bytearray()
+        self.cut = False
+
+    def __call__(self, stream: Stream, data: bytes) -> None:
+        if stream == "stdout":
+            self.end += data
+            if len(self.end) > 3 * MAX_RESPONSE_BYTES:
+                del self.end[: -2 * MAX_RESPONSE_BYTES]
+                self.cut = True
+
+
+def _asked(
+    visit: Visit,
+    image: str,
+    argv: Sequence[str],
+    question: Question,
+    workspace: Workspace,
+    settings: Settings,
+    *,
+    at_station: bool = False,
+) -> dict[str, Any]:
+    """The train's answer to a question.
+
+    Raises:
+        ProtocolError: it is none, or did not come in time.
+    """
+    engine, stdout = image_engine(settings), _Stdout()
+    workspace.fresh_notes()
+    job = question_job(visit, workspace, image, argv, settings, at_station=at_station)
+    secrets = tuple(visit.secrets.values())
+    try:
+        with log.record(workspace.path / "asked.txt", lambda _: None, secrets) as sink:
+
+            def tee(stream: Stream, data: bytes) -> None:
+                stdout(stream, data)
+                sink(stream, data)
+
+            exit = engine.run(job, tee)
+        if exit.reason not in (Reason.OK, Reason.EXIT_NONZERO):
+            raise ProtocolError(
+                f"The train did not answer `{' '.join(argv)}`: {exit.reason.value}. Correct the train. {' | '.join(sink.last_words())}"
+            )
+        return _answer(stdout, workspace, question)
+    except OasisError as error:
+        error.args = tuple(log.redact(str(part), secrets) for part in error.args)
+        raise
+
+
+def _answer(stdout: _Stdout, workspace: Workspace, question: Question) -> dict[str, Any]:
+    """The response in the file, where the train wrote one, else that on stdout."""
+    content = _response_file(workspace)
+    if content:
+        return protocol.response_in_file(content, question)
+    return protocol.response(bytes(stdout.end), question, cut=stdout.cut)
+
+
+def _response_file(workspace: Workspace) -> bytes:
+    try:
+        # The train may have made a link to a file of this machine, or a pipe.
+        descriptor = os.open(workspace.notes / ANSWER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise ProtocolError(
+            f"The file that {protocol.RESPONSE_FILE} names cannot be read: {error.strerror}. Let the train write a plain file that "
+            "everybody may read."
+        ) from None
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ProtocolError(f"What {protocol.RESPONSE_FILE} names is no plain file. Let the train write one.")
+        return file.read(MAX_RESPONSE_BYTES + 1)
+
+
+def results_json(results: Sequence[Result], *, reasons: bool) -> list[dict[str, Any]]:
+    """Results as JSON. Reasons are the train's words, and stay at the station."""
+    return [asdict(result) if reasons else {"name": result.name, "met": result.met} for result in results]
