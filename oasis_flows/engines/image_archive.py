@@ -135,6 +135,17 @@ def docker_stream(file: IO[bytes], image: ImageArchive, label: str) -> Iterator[
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
+def layer_bodies(file: IO[bytes], image: ImageArchive, label: str) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """Name, size and content of each layer, each once, in the order of the archive; to be read before the next is taken."""
+    wanted = set(image.layers)
+    with _readable(label):
+        for tar, member in _members(file):
+            name = posixpath.normpath(member.name)
+            if member.isreg() and name in wanted and (body := tar.extractfile(member)):
+                wanted.discard(name)
+                yield name, member.size, body
+
+
 def _header(name: str, size: int) -> bytes:
     member = tarfile.TarInfo(name)
     member.size = size
