@@ -1,6 +1,6 @@
 """What a machine decides, not a run: read from the environment, in one place.
 
-`OASIS_FLOWS_ENGINE`        which engine runs containers; the work pool sets it ("docker")
+`OASIS_FLOWS_ENGINE`        which engine runs containers, docker or kubernetes; the work pool sets it ("docker")
 `OASIS_FLOWS_DOCKER_HOST`   name of a `docker-host` document with the engine's address, instead of the usual sockets
 `OASIS_FLOWS_HOME`          folder of workspaces and of datasets published without a store ("~/.oasis-flows"); the engine
                             must see it under the same path
@@ -12,6 +12,20 @@
 `OASIS_FLOWS_HEADROOM`      the part of a machine's processors and memory that batches may fill (0.8)
 `OASIS_FLOWS_CAPACITY`      file with a snapshot of the machines that batches run on, in place of the engine's own answer
 `OASIS_FLOWS_KEEP_HOURS`    how long the workspace of a run that may be retried is kept (24)
+
+and for the engine kubernetes, each beginning with `OASIS_FLOWS_KUBERNETES_`:
+
+`…CREDENTIALS`              name of a `kubernetes-credentials` document, in place of KUBECONFIG or the pod's own cluster
+`…NAMESPACE`                where Jobs are made (that of the credentials)
+`…CLAIM`                    the claim whose files are in `OASIS_FLOWS_HOME` ("oasis-flows-workspace")
+`…REGISTRY`                 repository that image files are pushed to
+`…REGISTRY_CREDENTIALS`     name of a `docker-registry-credentials` document that may push there
+`…GPU`                      how GPUs are asked for: YAML or JSON with resource, nodeSelector and tolerations, or a file's path
+`…EPHEMERAL_STORAGE`        what a container may write on its node's disk, its log included ("1GiB")
+`…PENDING`                  seconds that an algorithm may wait for its start (3600)
+`…GROWS`                    "true" where the cluster makes nodes when they are needed: then none is too large for it
+
+A pod tells by `OASIS_FLOWS_POD_NAME`, `OASIS_FLOWS_POD_UID` and `OASIS_FLOWS_NODE_NAME` which one it is, and where.
 """
 
 from __future__ import annotations
@@ -26,6 +40,24 @@ from typing import Any
 import yaml
 
 from .errors import DescriptionError
+from .job import parse_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KubernetesSettings:
+    """What the Kubernetes engine has to know. `namespace` is empty where the access to the cluster says it."""
+
+    credentials: str | None = None
+    namespace: str = ""
+    claim: str = "oasis-flows-workspace"
+    registry: str | None = None
+    registry_credentials: str | None = None
+    gpu: Mapping[str, Any] = field(default_factory=dict)
+    ephemeral_bytes: int = 1 << 30
+    pending_seconds: float = 3600
+    grows: bool = False
+    pod: tuple[str, str] | None = None
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +75,7 @@ class Settings:
     marketplaces: tuple[str, ...] = ("prefect",)
     storages: Mapping[str, Any] = field(default_factory=dict)
     hold_seconds: float = 3600
+    kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
 
     @property
     def workspaces(self) -> Path:
@@ -84,17 +117,56 @@ def current() -> Settings:
         hold_seconds=_seconds("OASIS_FLOWS_MAX_HOLD", "3600"),
         headroom=_part("OASIS_FLOWS_HEADROOM", "0.8"),
         capacity=Path(env("OASIS_FLOWS_CAPACITY") or "").expanduser() if env("OASIS_FLOWS_CAPACITY") else None,
+        kubernetes=_kubernetes(),
     )
 
 
-def _table(name: str) -> Mapping[str, Any]:
+def _kubernetes() -> KubernetesSettings:
+    env = os.environ.get
+    name, uid = env("OASIS_FLOWS_POD_NAME"), env("OASIS_FLOWS_POD_UID")
+    return KubernetesSettings(
+        credentials=env("OASIS_FLOWS_KUBERNETES_CREDENTIALS") or None,
+        namespace=env("OASIS_FLOWS_KUBERNETES_NAMESPACE") or "",
+        claim=env("OASIS_FLOWS_KUBERNETES_CLAIM") or "oasis-flows-workspace",
+        registry=env("OASIS_FLOWS_KUBERNETES_REGISTRY") or None,
+        registry_credentials=env("OASIS_FLOWS_KUBERNETES_REGISTRY_CREDENTIALS") or None,
+        gpu=_gpu("OASIS_FLOWS_KUBERNETES_GPU"),
+        ephemeral_bytes=parse_bytes(env("OASIS_FLOWS_KUBERNETES_EPHEMERAL_STORAGE") or "1GiB"),
+        pending_seconds=_seconds("OASIS_FLOWS_KUBERNETES_PENDING", "3600"),
+        grows=(env("OASIS_FLOWS_KUBERNETES_GROWS") or "").lower() in ("true", "1", "yes"),
+        pod=(name, uid) if name and uid else None,
+        node=env("OASIS_FLOWS_NODE_NAME") or "",
+    )
+
+
+def _gpu(name: str) -> Mapping[str, Any]:
+    found = _content(name)
+    kinds = {"resource": str, "nodeSelector": dict, "tolerations": list}
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or any(
+        key not in kinds or not isinstance(value, kinds[key]) for key, value in found.items()
+    ):
+        raise DescriptionError(
+            f"The setting {name} makes no sense. Write what pods with GPUs need, such as "
+            '{"resource": "nvidia.com/gpu", "nodeSelector": {"gpu": "a100"}, "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}]}.'
+        )
+    return found
+
+
+def _content(name: str) -> Any:
+    """What a setting holds that is YAML or JSON itself, or the path of a file with it."""
     text = (os.environ.get(name) or "").strip()
     try:
-        found = yaml.safe_load(text if not text or "{" in text or "\n" in text else Path(text).expanduser().read_text())
+        return yaml.safe_load(text if not text or "{" in text or "\n" in text else Path(text).expanduser().read_text())
     except (OSError, yaml.YAMLError) as error:
         raise DescriptionError(
             f"The setting {name} cannot be read. Give the path of a YAML file, or JSON. The cause: {type(error).__name__}: {error}"
         ) from error
+
+
+def _table(name: str) -> Mapping[str, Any]:
+    found = _content(name)
     if found is not None and not (isinstance(found, dict) and all(isinstance(rows, dict) for rows in found.values())):
         raise DescriptionError(
             f"The setting {name} holds no table. Write engines, and their storages below: "

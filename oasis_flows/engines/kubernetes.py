@@ -86,9 +86,12 @@ class KubernetesEngine:
         assert image.image_id is not None  # noqa: S101 - ImageSource takes care of it
         try:
             reference, config = kube_image.pin(image.image_id, image.login)
-        except RegistryUnavailable as error:
+        except (RegistryUnavailable, ImageNotFound, ImageDenied) as error:
+            # A registry that this process cannot reach may be one that the nodes can; and a node may have what none has.
+            if not isinstance(error, RegistryUnavailable) and not self._is_on_a_node(image.image_id):
+                raise
             self._tell(
-                f"{image.image_id} is taken by its name, not by its digest: its registry cannot be reached from here. {error}"
+                f"{image.image_id} is taken by its name, and not by its digest, which its registry does not tell. {error}"
             )
             reference, config = image.image_id, None
         self._pulled[reference] = spec.Pulled(config=config, login=image.login)
@@ -141,13 +144,15 @@ class KubernetesEngine:
             try:
                 nodes = self._nodes(cluster, None)
                 size = f"{counted(len(nodes), 'node')}, {sum(node.allocatable.millicpus for node in nodes) / 1000:g} cpus"
-                gpus = sum(node.allocatable.gpus for node in nodes)
+                gpus: int | None = sum(node.allocatable.gpus for node in nodes)
             except EngineError as error:
-                size, gpus = f"nodes cannot be read: {error}", 0
+                # Whether it has GPUs is then for its scheduler to say.
+                size, gpus = f"nodes cannot be read: {error}", None
         resource = cluster.place.gpu_resource
+        gpu = f"{gpus} {resource}" if gpus else "on nodes that are not there yet" if self._grows else None
         return Description(
             name=f"Kubernetes {cluster.version}, namespace {cluster.place.namespace}, {size}; {claim}",
-            gpu=f"{gpus} {resource}" if gpus else None,
+            gpu=f"{resource}, of which nobody here may know how many there are" if gpus is None else gpu,
         )
 
     def nodes(self, *, without: str | None = None) -> tuple[Node, ...]:

@@ -56,7 +56,7 @@ class Place:
     owner: Json | None = None
     gpu_resource: str = "nvidia.com/gpu"
     gpu_node_selector: Mapping[str, str] = field(default_factory=dict)
-    tolerations: tuple[Json, ...] = ()
+    gpu_tolerations: tuple[Json, ...] = ()
     ephemeral_bytes: int = 1 << 30
     pending_seconds: float = 3600.0
 
@@ -168,8 +168,8 @@ def _pod_spec(job: ContainerJob, place: Place, image: Pulled, name: str) -> dict
         fields = [{"key": "metadata.name", "operator": "In", "values": [place.node]}]
         required = {"nodeSelectorTerms": [{"matchFields": fields}]}
         spec["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
-    if place.tolerations:
-        spec["tolerations"] = [dict(each) for each in place.tolerations]
+    if job.resources.gpus and place.gpu_tolerations:
+        spec["tolerations"] = [dict(each) for each in place.gpu_tolerations]
     if job.resources.gpus and place.gpu_node_selector:
         spec["nodeSelector"] = dict(place.gpu_node_selector)
     return spec
