@@ -151,6 +151,17 @@ def _creation_error(error: Refused, kind: str, name: str) -> OasisError:
     return error.translated(f"to make the {kind} {name}")
 
 
+def list_orphans(cluster: Cluster, run_id: str | None = None) -> list[Json]:
+    """Pods of this package whose Job was deleted without them; one run's with those of its parts, or all."""
+    found = cluster.api.call("GET", cluster.core("pods"), query={"labelSelector": spec.SELECTOR})["items"]
+    return [pod for pod in found if verdict.is_orphaned(pod) and (run_id is None or _is_of(pod, run_id, with_parts=True))]
+
+
+def remove_pod(cluster: Cluster, pod: Json) -> None:
+    """Delete a pod that has no Job."""
+    _delete(cluster, f"{cluster.core('pods')}/{pod['metadata']['name']}")
+
+
 def remove_job(cluster: Cluster, row: Json) -> None:
     """Delete a Job with its pod, and its Secrets; return when the Job is gone, and its pod is going."""
     name = row["metadata"]["name"]
@@ -207,7 +218,7 @@ class Supervision:
                 sight = self._until_ended(quota)
             return self._verdict(sight, quota)
         finally:
-            if self._follower is not None and not self._ended(self._cluster.watch.sight(self._uid)):
+            if self._follower is not None and not self._is_over():
                 self._stop()
 
     def _until_ended(self, quota: Watch) -> Sight:
@@ -236,6 +247,11 @@ class Supervision:
     @staticmethod
     def _ended(sight: Sight) -> bool:
         return sight.gone or (sight.pod is not None and (verdict.has_ended(sight.pod) or verdict.is_orphaned(sight.pod)))
+
+    def _is_over(self) -> bool:
+        """Does nothing of it run any more? A pod whose Job was deleted without it does."""
+        sight = self._cluster.watch.sight(self._uid)
+        return sight.gone or (sight.pod is not None and verdict.has_ended(sight.pod))
 
     def _renew_lease(self) -> None:
         if time.monotonic() - self._renewed >= 1.0:
@@ -400,7 +416,7 @@ class Supervision:
         try:
             shielded(lambda: self._delete_pod(self._cluster.watch.sight(self._uid), self._grace))
             until, version = time.monotonic() + self._grace + 5, -1
-            while time.monotonic() < until and not self._ended(self._cluster.watch.sight(self._uid)):
+            while time.monotonic() < until and not self._is_over():
                 version = self._cluster.watch.wait(version, 0.25)
                 self._renew_lease()
             follower.ended(2.0)
@@ -409,6 +425,11 @@ class Supervision:
 
     def _verdict(self, sight: Sight, quota: Watch) -> ContainerExit:
         follower = self._follower
+        if sight.pod is not None and verdict.is_orphaned(sight.pod) and not self._is_over():
+            raise ContainerLost(
+                f"Somebody deleted the Job {self._name} without its pod, which was stopped. Run it again, and delete Jobs with their pods "
+                "(propagationPolicy Background)."
+            )
         if follower is not None:
             if self._delivery.overflowed:
                 follower.cut()

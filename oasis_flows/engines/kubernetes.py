@@ -192,6 +192,11 @@ class KubernetesEngine:
                     if free:
                         kube_run.remove_job(cluster, row)
                         gone.append(kube_run.run_id_of(row))
+            for pod in kube_run.list_orphans(cluster, run_id):
+                with nullcontext(True) if run_id is not None else self._ownerless(cluster, pod, grace_seconds, below) as free:
+                    if free:
+                        kube_run.remove_pod(cluster, pod)
+                        gone.append(kube_run.run_id_of(pod))
             return tuple(dict.fromkeys(gone))
 
     def _stop_together(self, cluster: kube_run.Cluster, rows: list[Any], seconds: float) -> None:

@@ -118,7 +118,11 @@ class Double:
         labels = {**template["metadata"]["labels"], "batch.kubernetes.io/controller-uid": uid}
         metadata = {"name": name, "namespace": "flows", "uid": str(uuid.uuid4()), "creationTimestamp": _now(), "labels": labels}
         metadata |= {"annotations": template["metadata"]["annotations"], "ownerReferences": [{"kind": "Job", "uid": uid}]}
-        pod = {"metadata": metadata, "spec": {**copy.deepcopy(template["spec"]), "nodeName": "k8s-node"}, "status": {"phase": "Pending"}}
+        pod = {
+            "metadata": metadata,
+            "spec": {**copy.deepcopy(template["spec"]), "nodeName": "k8s-node"},
+            "status": {"phase": "Pending"},
+        }
         self.pods[name], self.logs[name] = pod, []
         self.emit("ADDED", pod)
         for after, state in script.states:
@@ -156,7 +160,11 @@ class Double:
     def delete_job(self, name: str, policy: str | None) -> None:
         """As the cluster does; without a policy the pod stays, and is nobody's."""
         job = self.jobs.pop(name)
-        for each in [p for p in self.pods.values() if p["metadata"]["labels"].get("batch.kubernetes.io/controller-uid") == job["metadata"]["uid"]]:
+        for each in [
+            p
+            for p in self.pods.values()
+            if p["metadata"]["labels"].get("batch.kubernetes.io/controller-uid") == job["metadata"]["uid"]
+        ]:
             if policy in ("Background", "Foreground"):
                 self.delete_pod(each["metadata"]["name"])
             else:
@@ -205,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
         last = names[names.index(kind) + 1 :]
         getattr(self, f"_{self.command.lower()}_{kind}", self._unknown)(last, query, body)
 
-    do_GET = do_POST = do_DELETE = _route
+    do_GET = do_POST = do_DELETE = _route  # noqa: N815 - so the base class finds them
 
     def _unknown(self, *_: Any) -> None:
         self._refuse(404, "NotFound", f"the server could not find the requested resource: {self.path}")
@@ -311,7 +319,7 @@ class _Handler(BaseHTTPRequestHandler):
             while True:
                 with double.changed:
                     double.changed.wait_for(
-                        lambda: double.epoch != epoch or any(e["version"] > version for e in double.history), 0.5
+                        lambda seen=version: double.epoch != epoch or any(e["version"] > seen for e in double.history), 0.5
                     )
                     if double.epoch != epoch:
                         self.close_connection = True
@@ -337,8 +345,9 @@ class _Handler(BaseHTTPRequestHandler):
         cut = double.cut_log_after.pop(0) if double.cut_log_after else None
         while True:
             with double.changed:
-                ready = lambda: double.epoch != epoch or len(double.logs[name]) > at or double.has_ended(name)  # noqa: E731
-                double.changed.wait_for(ready, 0.1)
+                double.changed.wait_for(
+                    lambda seen=at: double.epoch != epoch or len(double.logs[name]) > seen or double.has_ended(name), 0.1
+                )
                 lines, over = double.logs[name][at:], double.has_ended(name)
             if double.epoch != epoch:
                 self.close_connection = True
