@@ -13,17 +13,17 @@
 `OASIS_FLOWS_CAPACITY`      file with a snapshot of the machines that batches run on, in place of the engine's own answer
 `OASIS_FLOWS_KEEP_HOURS`    how long the workspace of a run that may be retried is kept (24)
 
-and for the engine kubernetes, each beginning with `OASIS_FLOWS_KUBERNETES_`:
+and for the engine kubernetes:
 
-`…CREDENTIALS`              name of a `kubernetes-credentials` document, in place of KUBECONFIG or the pod's own cluster
-`…NAMESPACE`                where Jobs are made (that of the credentials)
-`…CLAIM`                    the claim whose files are in `OASIS_FLOWS_HOME` ("oasis-flows-workspace")
-`…REGISTRY`                 repository that image files are pushed to
-`…REGISTRY_CREDENTIALS`     name of a `docker-registry-credentials` document that may push there
-`…GPU`                      how GPUs are asked for: YAML or JSON with resource, nodeSelector and tolerations, or a file's path
-`…EPHEMERAL_STORAGE`        what a container may write on its node's disk, its log included ("1GiB")
-`…PENDING`                  seconds that an algorithm may wait for its start (3600)
-`…GROWS`                    "true" where the cluster makes nodes when they are needed: then none is too large for it
+`OASIS_FLOWS_KUBERNETES_CREDENTIALS`   name of a `kubernetes-credentials` document, in place of KUBECONFIG or the pod's cluster
+`OASIS_FLOWS_KUBERNETES_NAMESPACE`     where Jobs are made (that of the credentials)
+`OASIS_FLOWS_KUBERNETES_CLAIM`         the claim whose files are in `OASIS_FLOWS_HOME` ("oasis-flows-workspace")
+`OASIS_FLOWS_KUBERNETES_REGISTRY`      repository that image files are pushed to
+`OASIS_FLOWS_KUBERNETES_REGISTRY_CREDENTIALS`  name of a `docker-registry-credentials` document that may push there
+`OASIS_FLOWS_KUBERNETES_GPU`           how GPUs are asked for: resource, nodeSelector and tolerations, as YAML or a file's path
+`OASIS_FLOWS_KUBERNETES_EPHEMERAL_STORAGE`  what a container may write on its node's disk, its log included ("1GiB")
+`OASIS_FLOWS_KUBERNETES_PENDING`       seconds that an algorithm may wait for its start (3600)
+`OASIS_FLOWS_KUBERNETES_GROWS`         "true" where nodes are made when they are needed: then no algorithm is too large
 
 A pod tells by `OASIS_FLOWS_POD_NAME`, `OASIS_FLOWS_POD_UID` and `OASIS_FLOWS_NODE_NAME` which one it is, and where.
 """
