@@ -4,7 +4,7 @@ pytest_plugins = [
     "tests.servers.prefect",
     "tests.servers.engine",
     "tests.servers.registry",
-    "tests.servers.cluster",
     "tests.servers.s3",
     "tests.images",
+    "tests.servers.cluster",
 ]
