@@ -44,11 +44,21 @@ def _engine(settings: Settings) -> Iterator[Finding]:
     try:
         facts = open_engine(settings).describe()
     except OasisError as error:
-        yield Finding("engine", "missing", str(error), "make demo installs one on Debian; or: apt-get install docker.io")
+        remedy = "make demo installs one on Debian; or: apt-get install docker.io"
+        if settings.engine == "kubernetes":
+            remedy = "kubectl apply -k deployments/kubernetes; and see docs/how-to/run-on-kubernetes.md"
+        yield Finding("engine", "missing", str(error), remedy)
         return
     yield Finding("engine", "ok", facts.name)
     if facts.not_enforced:
         yield Finding("engine", "missing", f"cannot limit {' and '.join(facts.not_enforced)}", facts.how_to_enforce)
+    if not facts.system_calls_filtered:
+        yield Finding(
+            "engine",
+            "note",
+            "filters no system calls of algorithms (seccomp is off)",
+            "start it with its own profile: remove seccomp-profile from /etc/docker/daemon.json",
+        )
     if facts.gpu:
         yield Finding("gpu", "ok", facts.gpu)
     else:
@@ -56,7 +66,16 @@ def _engine(settings: Settings) -> Iterator[Finding]:
             "gpu",
             "note",
             "none that the engine can hand out",
-            "install the NVIDIA driver and nvidia-container-toolkit to run gpu algorithms",
+            "install the device plugin of the nodes' GPUs to run gpu algorithms"
+            if settings.engine == "kubernetes"
+            else "install the NVIDIA driver and nvidia-container-toolkit to run gpu algorithms",
+        )
+    if settings.engine == "kubernetes" and settings.kubernetes.registry is None:
+        yield Finding(
+            "registry",
+            "note",
+            "none to push image files to",
+            "set OASIS_FLOWS_KUBERNETES_REGISTRY to run algorithms from image files",
         )
 
 

@@ -15,7 +15,7 @@ from .errors import OasisError, UnsafeName
 from .job import ContainerExit, Reason, counted, human_bytes
 from .manifest import Entry, Summary
 from .plan import Plan
-from .verdict import Verdict
+from .verdict import SILENT, Verdict
 
 RECORD_VERSION = 1
 
@@ -148,11 +148,12 @@ def page(account: Account, verdict: Verdict) -> str:
     parts = [f"## {_plain(verdict.sentence.rstrip('.'))}", verdict.advice, verdict.action, f"| | |\n|---|---|\n{table}"]
     if account.details:
         parts += [account.details]
-    elif account.exit is None or account.plan is None:
-        parts += ["### What was seen", _fenced(verdict.evidence)]
-    else:
+        return "\n\n".join(part for part in parts if part) + "\n"
+    if account.exit is not None and account.plan is not None:
         parts += [*_usage(account.exit, account.plan.algorithm.cpus)]
-        parts += ["### The log's last lines", _fenced(account.tail) or "The algorithm wrote nothing to its log."]
+        parts += ["### The log's last lines", _fenced(account.tail) or SILENT]
+    if seen := [line for line in verdict.evidence if line not in account.tail and line != SILENT]:
+        parts += ["### What was seen", _fenced(seen)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -189,8 +190,15 @@ def _exit_rows(account: Account, verdict: Verdict) -> list[tuple[str, str]]:
         ("Processors", _processors(exit, plan.algorithm.cpus)),
         ("Peak memory", _peak_memory(exit)),
         ("Refused processes", f"{exit.forks_refused}, by `pids_limit`" if exit.forks_refused else ""),
-        ("Sandbox", f"loosened: {', '.join(loosened(plan))}" if loosened(plan) else "closed"),
+        ("Sandbox", _sandbox(plan, exit)),
     ]
+
+
+def _sandbox(plan: Plan, exit: ContainerExit) -> str:
+    opened = loosened(plan)
+    said = f"loosened: {', '.join(opened)}" if opened else "closed"
+    filtered = exit.in_force.get("system_calls_filtered", True)
+    return said if filtered else f"{said}; the engine filters no system calls (its seccomp is off)"
 
 
 def _processors(exit: ContainerExit, cpus: float) -> str:

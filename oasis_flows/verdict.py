@@ -30,7 +30,7 @@ from .job import ContainerExit, Reason, human_bytes
 from .symptoms import Blame, Symptom, recognise
 
 PUBLISH = "publish_output"
-_SILENT = "It wrote nothing to its log."
+SILENT = "It wrote nothing to its log."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ def judge(seen: Case | OasisError) -> Verdict:
 
 def failure(verdict: Verdict, exit: ContainerExit, log: str) -> AlgorithmFailed:
     """The exception that a verdict on a container stands for; `log` says where the whole log is."""
-    said = f" {_SILENT}" if verdict.evidence == (_SILENT,) else f" Its last lines: {' | '.join(verdict.evidence)}"
+    said = f" {SILENT}" if verdict.evidence == (SILENT,) else f" Its last lines: {' | '.join(verdict.evidence)}"
     done = f" {verdict.action}" if verdict.action else ""
     return AlgorithmFailed(f"{verdict.sentence} {verdict.advice}{done}{said} The whole log: {log}", exit, verdict)
 
@@ -168,7 +168,7 @@ def _of_exit(case: Case) -> Verdict:
 def _evidence(case: Case, line: str) -> tuple[str, ...]:
     words = case.exit.last_words or case.last_lines
     found = (line, *words[-5:], case.exit.detail)
-    return tuple(dict.fromkeys(text for text in found if text)) or (_SILENT,)
+    return tuple(dict.fromkeys(text for text in found if text)) or (SILENT,)
 
 
 # exit code - 128: https://man7.org/linux/man-pages/man7/signal.7.html

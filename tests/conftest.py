@@ -1,5 +1,7 @@
 """Fixtures of all tests; the servers and images they start live in `tests/servers` and `tests/images.py`."""
 
+from hypothesis import settings
+
 pytest_plugins = [
     "tests.servers.prefect",
     "tests.servers.engine",
@@ -8,3 +10,7 @@ pytest_plugins = [
     "tests.images",
     "tests.servers.cluster",
 ]
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")

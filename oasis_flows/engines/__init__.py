@@ -40,6 +40,7 @@ class Description:
     name: str
     gpu: str | None
     not_enforced: tuple[str, ...] = ()
+    system_calls_filtered: bool = True
     how_to_enforce: str = ""
 
 

@@ -133,6 +133,7 @@ class DockerEngine:
             gpu=spec.gpu_support(info),
             not_enforced=spec.not_enforced(info),
             how_to_enforce=spec.how_to_enforce(info) if spec.not_enforced(info) else "",
+            system_calls_filtered=spec.filters_system_calls(info),
         )
 
     def nodes(self, *, without: str | None = None) -> tuple[Node, ...]:

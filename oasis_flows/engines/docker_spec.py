@@ -260,6 +260,12 @@ def refuse_warnings(name: str, warnings: list[str] | None) -> None:
         )
 
 
+def filters_system_calls(info: Mapping[str, Any]) -> bool:
+    """Does the engine give its containers a seccomp profile, by what it says of itself?"""
+    said = [option for option in info.get("SecurityOptions") or () if "seccomp" in option]
+    return any("unconfined" not in option for option in said)
+
+
 def in_force(container: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, object]:
     """What the engine says about a created container, in this package's words."""
     host, config = container["HostConfig"], container["Config"]
@@ -274,6 +280,7 @@ def in_force(container: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str,
     return {
         "engine": f"{info.get('OSType', 'linux')} engine {info.get('ServerVersion', 'of unknown version')}",
         "engine_security": list(info.get("SecurityOptions") or ()),
+        "system_calls_filtered": filters_system_calls(info),
         "container": container["Id"],
         "image": container["Image"],
         "user": config.get("User") or "",

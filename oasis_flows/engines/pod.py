@@ -357,8 +357,9 @@ def in_force(pod: Json, version: str) -> dict[str, object]:
         "capabilities_added": list(capabilities.get("add") or ()),
         "security_options": [
             *(() if inner.get("allowPrivilegeEscalation", True) else ("no-new-privileges",)),
-            f"seccomp={(inner.get('seccompProfile') or outer.get('seccompProfile') or {}).get('type', 'Unconfined')}",
+            f"seccomp={_seccomp(outer, inner)}",
         ],
+        "system_calls_filtered": _seccomp(outer, inner) != "Unconfined",
         "read_only_root": bool(inner.get("readOnlyRootFilesystem")),
         "tmpfs": {
             each["mountPath"]: claims[each["name"]]["emptyDir"].get("sizeLimit")
@@ -379,6 +380,10 @@ def in_force(pod: Json, version: str) -> dict[str, object]:
     }
 
 
+def _seccomp(outer: Json, inner: Json) -> str:
+    return str((inner.get("seccompProfile") or outer.get("seccompProfile") or {}).get("type", "Unconfined"))
+
+
 def _source(volume: Json, mount: Json) -> str:
     if "persistentVolumeClaim" in volume:
         return "/".join(part for part in (volume["persistentVolumeClaim"]["claimName"], mount.get("subPath")) if part)
@@ -396,7 +401,6 @@ def looser_than_asked(job: ContainerJob, place: Place, force: Json) -> tuple[str
     asked = _resources(job, place)
     read_only = {m["target"] for m in force["mounts"] if m["read_only"]}
     wanted = {m.target for m in job.mounts if m.read_only} | {m.target for m in job.storages if m.read_only}
-    seccomp = next(option for option in force["security_options"] if option.startswith("seccomp="))
     checks = {
         "network": sandbox.network or force["network"] == CLOSED,
         "privileged": not force["privileged"],
@@ -406,7 +410,7 @@ def looser_than_asked(job: ContainerJob, place: Place, force: Json) -> tuple[str
         or "SYS_ADMIN" in _capabilities(job)
         or "no-new-privileges" in force["security_options"],
         "read-only root": sandbox.writable_root or force["read_only_root"],
-        "seccomp": seccomp != "seccomp=Unconfined",
+        "seccomp": force["system_calls_filtered"],
         "service account token": not force["service_account_token"],
         "read-only mounts": wanted <= read_only,
         **{name: name in limits and quantities_equal(limits[name], value) for name, value in asked.items()},

@@ -42,11 +42,7 @@ def watchdogs(server):
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (path / "cmdline").read_bytes().split(b"\0")
-            ours = any(w.endswith(b"oasis_flows/watchdog.py") for w in words) or words[2:5] == [
-                b"oasis_flows",
-                b"reap",
-                b"--wait",
-            ]
+            ours = any(w.endswith(b"oasis_flows/watchdog.py") for w in words) or words[2:4] == [b"oasis_flows", b"reap"]
             if ours and home in (path / "environ").read_bytes().split(b"\0"):
                 found.append(int(path.name))
     return found
@@ -103,6 +99,26 @@ def test_the_retry_of_a_run_whose_worker_was_stopped_takes_up_its_container(frag
     assert json.loads((output / "task.json").read_text())["sandbox"]["in_force"]["container"] == container
     assert (output / "log.txt").read_bytes() == b"began\nended\n"
     assert containers_of(docker_api, run_id) == []
+
+
+def test_a_run_that_its_watchdog_ended_can_be_retried_by_hand(fragile, docker_api, documents):
+    server, start = fragile
+    worker = start()
+    run_id = scheduled(server, "patient")
+    wait_for_container(docker_api, run_id)
+    os.kill(worker.pid, signal.SIGTERM)
+    assert server.wait_for(run_id, "CRASHED", "COMPLETED", "FAILED", seconds=60)["state_type"] == "CRASHED"
+    eventually(lambda: not containers_of(docker_api, run_id), 40)
+
+    server.run("prefect", "flow-run", "retry", run_id)
+    start()
+    run = server.wait_for(run_id, "COMPLETED", "FAILED", seconds=90)
+    output = Path(run["labels"]["oasis.output"])
+    assert (run["state_type"], run["run_count"]) == ("COMPLETED", 2)
+    assert (output / "data/whole").read_bytes() == b"whole\n"
+    assert (output / "log.txt").read_bytes() == b"began\nended\n"
+    eventually(lambda: not watchdogs(server), 40)
+    assert list((server.home / "workspaces").iterdir()) == []
 
 
 def test_a_killed_process_of_ones_own_is_told_and_cleaned_up_by_its_watchdog(fragile, docker_api, documents):
@@ -176,7 +192,35 @@ def test_an_engine_that_restarts_ends_the_container_and_not_the_run(fragile, doc
     assert list((server.home / "workspaces").iterdir()) == []
 
 
-def test_a_prefect_server_that_is_away_for_more_than_a_minute_costs_nothing_but_time(docker_api, busybox, tmp_path):
+def test_a_run_cancelled_while_its_engine_is_away_leaves_nothing_once_it_is_back(fragile, documents, tmp_path):
+    server, start = fragile
+    with private_engine() as engine:
+        engine.load(docker_archive(tmp_path / "image.tar", TinyImage(tags=("away:1",))))
+        Algorithm(docker_image=DockerImage(image_id="away:1"), command=["sleep", "600"]).save("lonely", overwrite=True)
+        start(DOCKER_HOST=engine.host)
+        run_id = scheduled(server, "lonely")
+        with contextlib.closing(engine.connect()) as client:
+            wait_for_container(client.api, run_id)
+        # Killed, it leaves the container running.
+        engine.end(signal.SIGKILL)
+        server.run("prefect", "flow-run", "cancel", run_id)
+        time.sleep(3)
+        engine.start()
+
+        assert server.wait_for(run_id, "CANCELLED", "CRASHED", "FAILED", seconds=60)["state_type"] == "CANCELLED"
+        with contextlib.closing(engine.connect()) as client:
+            eventually(lambda: not containers_of(client.api, run_id), 90)
+        eventually(lambda: not watchdogs(server), 60)
+    assert_no_dataset(server, run_id)
+    assert list((server.home / "workspaces").iterdir()) == []
+
+
+# When the server goes: what has just come to be in the run's workspace then, and how long it stays away.
+MOMENTS = {"staging": ("*", 15.0), "running": ("*/log.txt", 65.0), "publishing": ("*/done/run_container.json", 15.0)}
+
+
+@pytest.mark.parametrize(("pattern", "seconds"), MOMENTS.values(), ids=MOMENTS)
+def test_a_prefect_server_that_is_away_costs_nothing_but_time(docker_api, busybox, tmp_path, pattern, seconds):
     port = free_port()
     server = PrefectServer(port, client_env(port, tmp_path / "prefect", tmp_path / "home"), tmp_path / "home")
     (tmp_path / "letters").mkdir()
@@ -196,12 +240,11 @@ def test_a_prefect_server_that_is_away_for_more_than_a_minute_costs_nothing_but_
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        eventually(lambda: list((server.home / "workspaces").glob("*/log.txt")), 60)
-        run_id = next((server.home / "workspaces").iterdir()).name
-        wait_for_container(docker_api, run_id)
+        eventually(lambda: list((server.home / "workspaces").glob(pattern)), 60)
         os.killpg(process.pid, signal.SIGKILL)
+        run_id = next((server.home / "workspaces").iterdir()).name
         process.wait(10)
-    time.sleep(65)
+    time.sleep(seconds)
     with server_process(server, tmp_path / "server.log"):
         out, err = run.communicate(timeout=180)
         state = server.api(f"/flow_runs/{run_id}")

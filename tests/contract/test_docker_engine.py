@@ -249,7 +249,7 @@ class TestUsage:
         ended, _ = sh(STEPS, resources=Resources(memory_bytes=256 * MIB))
         rounded = [round(sample.memory_bytes / 20e6) for sample in ended.usage]
         assert sorted(set(rounded)) in ([1, 2], [0, 1, 2])
-        assert (rounded[len(rounded) // 2], rounded[-1]) == (2, 1)
+        assert rounded[-1] == 1
         assert 0 <= ended.seconds - ended.usage[-1].seconds < 0.5
 
     def test_seen_by_the_engine_alone(self, make_job: Make, docker_api: Any, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ class TestUsage:
         done = subprocess.run([*command, *arguments(job, tmp_path / "log")], capture_output=True, check=True, timeout=30)
         ended = ContainerExit.from_json(json.loads(done.stdout))
         assert ended.reason is Reason.OK
-        assert 3 <= len(ended.usage) <= 6
+        assert 3 <= len(ended.usage) <= ended.seconds + 1
         assert max(sample.memory_bytes for sample in ended.usage) > 39e6
         assert ended.cpu_seconds is not None
         assert 0.01 < ended.cpu_seconds < 5
@@ -326,7 +326,7 @@ class TestRefusals:
 
 
 class TestArguments:
-    @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40), min_size=20, max_size=60))
     def test_arrive_exactly(self, docker_engine: DockerEngine, make_job: Make, words: list[str]) -> None:
         words = ["{}", "a 'b\" $c", "line\nline", "", "-n", "\\", *words]

@@ -1,7 +1,8 @@
 """What a hostile algorithm gets, from inside a real container that is closed as by default, as root and as a user.
 
-Its tools are busybox's. What they cannot do is not tried: ptrace, bpf, keyctl, io_uring and faults of the kernel itself. The
-engine's seccomp profile and the want of every capability stand before those; `test_nothing_is_held_back` sees both in force.
+Its tools are busybox's and one that traces. What they cannot do is not tried: bpf, keyctl, io_uring and faults of the kernel
+itself. The engine's seccomp profile and the want of every capability stand before those; `test_nothing_is_held_back` sees both
+in force.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import shutil
 import socket
 import socketserver
+import struct
 import subprocess
 import threading
 import time
@@ -99,8 +101,9 @@ ATTEMPTS = [
     ("give a file away", "touch /tmp/own; chown 7:7 /tmp/own && echo IN", REFUSED),
     ("restart the machine", "reboot -f -n && echo IN; poweroff -f -n && echo IN", REFUSED),
     ("processes of the machine", "kill -0 $HOST_PID && echo IN; cat /proc/$HOST_PID/environ && echo IN", NOT_THERE),
+    ("trace a process of the machine", "input/trace; echo errno $?", r"errno 3\b"),
     ("the first process's memory", "dd if=/proc/1/mem bs=1 count=1 && echo IN", r"Input/output error|Permission denied"),
-    ("other runs", "ls /var/lib/docker && echo IN; ls /host && echo IN; ls $ELSEWHERE && echo IN", NOT_THERE),
+    ("other runs", "ls /var/lib/docker && echo IN; ls /host && echo IN; ls $ELSEWHERE && echo IN; ls /var/lib/docker/volumes/$OTHER_RUN && echo IN", NOT_THERE),
     ("the machine's shadow", "cat /etc/shadow && echo IN; cat input/../../../../etc/shadow && echo IN", NOT_THERE),
     ("a link in the input", "cat input/link && echo IN; ls input/folder/ && echo IN; cat input/up && echo IN", NOT_THERE),
     ("write to the input", "touch input/x && echo IN; rm input/file && echo IN; echo x >> input/file && echo IN", READ_ONLY),
@@ -145,6 +148,31 @@ def listener() -> Iterator[tuple[str, str]]:
         server.shutdown()
 
 
+def tracer(path: Path, pid: int) -> None:
+    """A program that attaches itself to a process as a debugger does, and ends with the errno."""
+    # ptrace(PTRACE_ATTACH, pid, 0, 0), exit(-rax), in x86-64's machine code.
+    code = bytes.fromhex("bf10000000be") + struct.pack("<i", pid) + bytes.fromhex("31d24d31d2b8650000000f05")
+    code += bytes.fromhex("f7d889c7b83c0000000f05")
+    base, size = 0x400000, 64 + 56 + len(code)
+    kind = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, 62, 1, base + 120, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    path.write_bytes(kind + struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 4096) + code)
+    path.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def other_run(docker_api: Any, busybox: str) -> Iterator[str]:
+    """A container with a volume, in which lies a file with a name to look for; that name."""
+    name = f"secret-volume-{uuid.uuid4().hex}"
+    volume = docker_api.create_volume(name)["Name"]
+    config = docker_api.create_host_config(binds=[f"{volume}:/data"], network_mode="none")
+    script = f"echo {name} > /data/{name}; sleep 300"
+    container = docker_api.create_container(busybox, ["sh", "-c", script], host_config=config, volumes=["/data"], name=name)
+    docker_api.start(container)
+    yield name
+    docker_api.remove_container(container, force=True)
+    docker_api.remove_volume(volume)
+
+
 def setuid_busybox(folder: Path) -> None:
     """A program of root's in the folder that makes its caller root, where that is let."""
     shutil.copy(BUSYBOX, folder / "busybox")
@@ -157,6 +185,7 @@ def probed(
     docker_engine: DockerEngine,
     busybox: str,
     listener: tuple[str, str],
+    other_run: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Probed:
     """Everything tried once, in one container."""
@@ -177,6 +206,7 @@ def probed(
         subprocess.Popen(["sleep", "60"], env={**os.environ, "SECRET_OF_THE_MACHINE": nonce}) as neighbour,
         lease.hold(folder / "lease"),
     ):
+        tracer(folder / "input" / "trace", neighbour.pid)
         job = ContainerJob(
             run_id=f"test-{nonce}",
             image=busybox,
@@ -189,6 +219,7 @@ def probed(
                 "HOST_PID": str(neighbour.pid),
                 "ELSEWHERE": str(folder),
                 "NAMED": "secret-",
+                "OTHER_RUN": other_run,
             },
             mounts=(
                 Mount(source=folder / "input", target="/work/input", read_only=True),
@@ -222,7 +253,8 @@ class TestNowhere:
         docker_engine.run(make_job("sh", "-c", script, environment=given, sandbox=Sandbox(network=True)), log)
         assert b"IN\n" in log.text("stdout")
 
-    def test_nothing_is_held_back(self, probed: Probed) -> None:
+    def test_nothing_is_held_back(self, probed: Probed, docker_engine: DockerEngine) -> None:
+        assert docker_engine.describe().system_calls_filtered
         nothing = "0" * 16
         sets = [word for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb") for word in (f"{name}:", nothing)]
         assert probed.said["look: status"].split() == [*sets, "NoNewPrivs:", "1", "Seccomp:", "2"]

@@ -278,12 +278,14 @@ def test_every_failure_explains_itself_everywhere_the_same(
     assert f"failed:{situation.code}" in run["tags"]
     for part in (verdict["sentence"].rstrip("."), verdict["advice"], f"`{situation.code}`", situation.stage):
         assert part in page.replace("\\", "")
+    assert [line for line in verdict["evidence"] if line not in page] == []
     if situation.stage == "run_container" and situation.exit == 1:
         assert json.loads((Path(told["url"]) / "task.json").read_text())["verdict"] == verdict
         assert not (Path(told["url"]) / "manifest.jsonl").exists()
     # Nothing stays.
     assert containers_of(docker_api, run["id"]) == []
     assert dataset_document(prefect_server, told) is None
+    assert list((here / "workspaces").glob("*")) == []
 
 
 def dataset_document(server: Any, told: dict[str, Any]) -> Any:

@@ -199,7 +199,7 @@ def test_every_word_of_a_command_reaches_the_container_exactly(ran, image):
 WORDS = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30), max_size=40)
 
 
-@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(words=WORDS)
 def test_any_words_reach_the_container_exactly_also_through_parameters(ran, image, words):
     declared = {f"p{number}": None for number in range(len(words))}

@@ -7,11 +7,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect, sync_playwright
 
-from oasis_flows import Algorithm, DockerImage, algorithm_task
+from oasis_flows import Algorithm, Dataset, DockerImage, algorithm_task
+from tests.e2e.test_cancel import GRACE, assert_no_dataset, scheduled, wait_for_container
+from tests.servers.engine import containers_of, eventually
 from tests.servers.prefect import PrefectServer
 
 CHROMIUM = "/usr/bin/chromium"
@@ -173,6 +176,31 @@ def test_a_person_runs_an_algorithm_in_the_browser(deployed: PrefectServer, work
     run = deployed.api(f"/flow_runs/{run_id}")
     assert run["state_type"] == "COMPLETED"
     assert run["parameters"]["parameters"] == {"threshold": 2.0}
+
+
+def test_a_person_cancels_a_run_in_the_browser(
+    deployed: PrefectServer, worker: object, page: Page, docker_api: Any, busybox: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    # The browser's driver keeps an event loop in this thread, in which `save` would be a coroutine.
+    Dataset(url=str(tmp_path)).save("letters", overwrite=True, _sync=True)
+    script = "trap '' TERM; while :; do sleep 1; done"
+    Algorithm(docker_image=DockerImage(image_id=busybox), command=["sh", "-c", script]).save(
+        "stubborn", overwrite=True, _sync=True
+    )
+    run_id = scheduled(deployed, "stubborn")
+    wait_for_container(docker_api, run_id)
+    page.goto(f"/v2/runs/flow-run/{run_id}")
+    expect(page.get_by_text("Running", exact=True).first).to_be_visible()
+    page.get_by_role("main").get_by_role("button").filter(has=page.locator("svg.lucide-ellipsis-vertical")).click()
+    page.get_by_role("menuitem", name="Cancel").click()
+    page.get_by_role("button", name="Cancel Flow Run").click()
+
+    eventually(lambda: not containers_of(docker_api, run_id), GRACE + 2)
+    assert deployed.wait_for(run_id, "CANCELLED", "CRASHED", "FAILED", seconds=40)["state_type"] == "CANCELLED"
+    expect(page.get_by_text("Cancelled", exact=True).first).to_be_visible(timeout=30_000)
+    eventually(lambda: not (deployed.home / "workspaces" / run_id).exists(), 20)
+    assert_no_dataset(deployed, run_id)
 
 
 @pytest.mark.parametrize("ui", [pytest.param("", id="v1"), pytest.param("/v2", id="v2")])

@@ -517,6 +517,21 @@ def test_a_pull_that_fails_for_the_moment_is_tried_again(ran):
 # What people see of a run
 
 
+@pytest.mark.parametrize(
+    ("opened", "force", "said"),
+    [
+        ({}, {}, "closed"),
+        ({"network": True, "capabilities": ["NET_RAW"]}, {}, "loosened: network, capability NET_RAW"),
+        ({}, {"system_calls_filtered": False}, "closed; the engine filters no system calls (its seccomp is off)"),
+    ],
+)
+def test_a_run_shows_how_closed_its_sandbox_was(ran, opened, force, said):
+    ended = ContainerExit(reason=Reason.OK, exit_code=0, in_force=force)
+    done = ran(FakeEngine(ends(ended)), Algorithm(docker_image=IMAGE, **opened))
+
+    assert f"| Sandbox | {said} |" in done.artifacts["oasis-run"]
+
+
 def used(*numbers):
     """An end with these samples: seconds, processors, MiB."""
     samples = tuple(Sample(seconds, cpus, mib << 20) for seconds, cpus, mib in numbers)

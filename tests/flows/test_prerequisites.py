@@ -198,7 +198,7 @@ TELL_WORDS = ["/bin/sh", "-c", 'for word in "$@"; do printf "%s\\0" "$word"; don
 @given(
     st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40), max_size=5), st.booleans()
 )
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_words_reach_the_algorithm_exactly(ran, image, made, words, ends):
     name = made(("taskStarts", "set -- other words"), *([("taskEnds", "true")] if ends else []))
     done = ran(Algorithm(docker_image=image, command=[*TELL_WORDS, *words], prerequisites=[name]))

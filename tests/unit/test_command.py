@@ -95,7 +95,7 @@ def test_a_value_is_one_word_for_a_shell_too(script, shell, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text, st.sampled_from(SCRIPTS[:3]))
 def test_no_value_becomes_shell_words(value, script):
     values = {"v": value}

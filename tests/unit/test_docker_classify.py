@@ -366,6 +366,23 @@ def test_looser_than_asked(change: dict[str, object], named: tuple[str, ...]) ->
     assert docker_spec.looser_than_asked(JOB, docker_spec.in_force(seen, info), info) == named
 
 
+# Docker 20.10, 23 and newer, with --seccomp-profile=unconfined, a kernel without seccomp, Podman 4.3.
+@pytest.mark.parametrize(
+    ("options", "filtered"),
+    [
+        (["name=seccomp,profile=default"], True),
+        (["name=apparmor", "name=seccomp,profile=builtin", "name=cgroupns"], True),
+        (["name=apparmor", "name=seccomp,profile=unconfined", "name=cgroupns"], False),
+        (["name=apparmor"], False),
+        (["name=seccomp,profile=default", "name=rootless"], True),
+    ],
+)
+def test_system_calls_filtered(options: list[str], filtered: bool) -> None:
+    info = {"SecurityOptions": options}
+    assert docker_spec.filters_system_calls(info) is filtered
+    assert docker_spec.in_force(created(JOB), info)["system_calls_filtered"] is filtered
+
+
 def test_a_writable_mount_that_should_not_be() -> None:
     job = ContainerJob(run_id="r", image="i", lease=Path("/l"), mounts=(Mount(source=Path("/s"), target="/t", read_only=True),))
     seen = created(job)

@@ -36,7 +36,6 @@ def test_a_listing_adds_up(saved):
     assert (listing.file_count, listing.size_bytes, list(listing.sizes[:3])) == (1000, sum(range(1000)), [0, 1, 2])
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 1000))
 def test_any_slice_can_be_read(saved, first, second):
     start, end = sorted((first, second))
@@ -71,7 +70,7 @@ def publish(root, part, names):
 NAMES = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0."), min_size=1), unique=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(NAMES, st.integers(1, 5))
 def test_many_manifests_become_one_that_points_at_all_files(names, count):
     plain = [name for name in names if name.isascii()]

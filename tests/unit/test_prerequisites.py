@@ -108,7 +108,6 @@ def forests(draw: st.DrawFn) -> dict[str, object]:
     return items
 
 
-@settings(deadline=None)
 @given(forests(), st.data())
 def test_what_is_required_comes_before_and_each_comes_once(items, data):
     asked = data.draw(st.lists(st.tuples(st.sampled_from(sorted(items)), st.integers(1, 2)), min_size=1, max_size=4))
@@ -261,7 +260,7 @@ def words(script: str) -> list[str]:
     return done.stdout.decode().split("\0")[:-1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ANY, st.sampled_from(["{}", '"a {} b"', "'a {} b'", '"$(tell {})"', "a{}b", '"a"{}', '"it\'s {}"', "$(: ; tell x) {}"]))
 def test_a_quoted_value_is_one_word_whatever_it_is(value, place):
     before, _, after = place.partition("{}")
@@ -282,7 +281,7 @@ def test_a_quoted_value_is_one_word_whatever_it_is(value, place):
         assert found[-1] == "end"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.one_of(SAFE, ANY), st.sampled_from(["{}", '"a {} b"', "'a {} b'"]))
 def test_an_unquoted_value_is_what_it_is_or_is_refused(value, place):
     before, _, after = place.partition("{}")

@@ -50,7 +50,7 @@ def test_every_file_is_done_once(files, shards, at_once):
     assert (schedule.failed, schedule.stopped) == ([], False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 3000), st.integers(1, 30), st.data())
 def test_bad_files_stand_alone_after_few_runs_and_all_others_are_done(files, shards, data):
     bad = set(data.draw(st.lists(st.integers(0, files - 1), max_size=12)))
