@@ -42,6 +42,7 @@ Tell = Callable[[str], None]
 _SECONDS_TO_DIE = 60.0
 # How long a start may take before anybody asks why, and how often then.
 _PATIENT_START, _ASK_AGAIN = 2.0, 2.0
+_SECONDS_FOR_SECRETS = 10.0
 # Whose pod is deleted at once still has this second: none would only forget it while it runs on.
 _AT_ONCE = 1
 
@@ -119,9 +120,18 @@ def create_job(cluster: Cluster, job: ContainerJob, image: spec.Pulled) -> Json:
         DescriptionError, UnsupportedByEngine, NoRoom: the cluster does not take it.
     """
     body = spec.job_body(job, cluster.place, image)
-    for secret in spec.secrets(job, cluster.place, image):
-        _create(cluster, cluster.core("secrets"), secret)
-    return _create(cluster, cluster.jobs, body)
+    if login := spec.pull_secret(job, cluster.place, image):
+        # A pull without it would be refused, and that is no error of which kubelet thinks better.
+        _create(cluster, cluster.core("secrets"), login)
+    row = _create(cluster, cluster.jobs, body)
+    if values := spec.secret_values(job, cluster.place, row):
+        # It belongs to the Job, and goes with it. A container waits until it is there.
+        try:
+            _create(cluster, cluster.core("secrets"), values)
+        except BaseException:
+            remove_job(cluster, row)
+            raise
+    return row
 
 
 def _create(cluster: Cluster, path: str, body: Json) -> Json:
@@ -166,18 +176,8 @@ def remove_job(cluster: Cluster, row: Json) -> None:
     """Delete a Job with its pod, and its Secrets; return when the Job is gone, and its pod is going."""
     name = row["metadata"]["name"]
     _delete(cluster, f"{cluster.jobs}/{name}", propagation="Background", uid=row["metadata"]["uid"])
-    _delete_secrets(cluster, row["spec"]["template"]["spec"])
-
-
-def _delete_secrets(cluster: Cluster, pod: Json) -> None:
-    names = {
-        each["valueFrom"]["secretKeyRef"]["name"]
-        for c in pod["containers"]
-        for each in c.get("env") or ()
-        if "valueFrom" in each
-    }
-    for name in names | {each["name"] for each in pod.get("imagePullSecrets") or () if each["name"].startswith("oasis-")}:
-        _delete(cluster, f"{cluster.core('secrets')}/{name}")
+    for secret in row["spec"]["template"]["spec"].get("imagePullSecrets") or ():
+        _delete(cluster, f"{cluster.core('secrets')}/{secret['name']}")
 
 
 def _delete(
@@ -354,7 +354,10 @@ class Supervision:
             row = self._look_at_job() if sight.pod is None else self._row
             uids = (self._uid, *([sight.pod["metadata"]["uid"]] if sight.pod else []))
             wait = verdict.reason_to_wait(image, sight.pod, row, self._cluster.watch.events_about(*uids), login=self._login)
-        if wait.error is not None:
+        # Its Secret is made a moment after the Job.
+        if wait.error is not None and not (
+            waited < _SECONDS_FOR_SECRETS and wait.words.startswith("CreateContainerConfigError: secret")
+        ):
             raise wait.error
         if wait.for_room and not self._looked_for_room:
             self._looked_for_room = True

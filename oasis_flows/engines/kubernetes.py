@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # The owner renews its lease once a second. Where the claim's file system keeps locks on one node only, that is all that others see.
 _LEAST_GRACE_SECONDS = 15.0
 _SECONDS_TO_GO = 10.0
+_SECONDS_ABSENT = 10.0
 
 
 class KubernetesEngine:
@@ -61,6 +62,7 @@ class KubernetesEngine:
         self._lock = threading.Lock()
         self._cluster: kube_run.Cluster | None = None
         self._pulled: dict[str, spec.Pulled] = {}
+        self._absent: dict[str, float] = {}
         self._closed = False
 
     def prepare(self, image: ImageSource) -> str:
@@ -113,7 +115,7 @@ class KubernetesEngine:
         with self._translated(f"to run {spec.job_name(job)}"), cluster.watch.following():
             row: Mapping[str, Any] | None = None
             try:
-                row = found = kube_run.find_job(cluster, job)
+                row = found = None if self._was_absent(job) else kube_run.find_job(cluster, job)
                 if row is None:
                     self._close_network(cluster, job)
                     row = kube_run.create_job(cluster, job, image)
@@ -134,7 +136,14 @@ class KubernetesEngine:
     def find(self, job: ContainerJob) -> bool:
         """Is there a Job to re-attach to; see `Engine.find`."""
         with self._translated(f"to look for {spec.job_name(job)}"):
-            return kube_run.find_job(self._open(), job) is not None
+            found = kube_run.find_job(self._open(), job) is not None
+        if not found:
+            self._absent[spec.job_name(job)] = time.monotonic()
+        return found
+
+    def _was_absent(self, job: ContainerJob) -> bool:
+        """Has `find` just told that there is none? A Job's name is its run's, so nobody else has made one since."""
+        return time.monotonic() - self._absent.pop(spec.job_name(job), float("-inf")) < _SECONDS_ABSENT
 
     def describe(self) -> Description:
         """What the cluster says about itself, and where its jobs have their files."""

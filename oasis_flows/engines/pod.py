@@ -295,30 +295,37 @@ def _volumes(job: ContainerJob, place: Place, image: Pulled) -> tuple[list[dict[
     return volumes, mounts
 
 
-def secrets(job: ContainerJob, place: Place, image: Pulled) -> list[dict[str, Any]]:
-    """The Secrets that the Job's pod reads: one with values of its environment, one with the login of its image's registry."""
+def secret_values(job: ContainerJob, place: Place, row: Json) -> dict[str, Any] | None:
+    """The Secret with the values of the job's environment, which goes with its Job `row`; `None` where it has none."""
+    if not job.secret_environment:
+        return None
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": row["metadata"]["name"], "uid": row["metadata"]["uid"]}
+    values = {f"v{number}": value for number, value in enumerate(job.secret_environment.values())}
+    return _secret(job, place, job_name(job), "Opaque", values, owner)
 
-    def secret(name: str, kind: str, data: Mapping[str, str]) -> dict[str, Any]:
-        metadata: dict[str, Any] = {
-            "name": name,
-            "namespace": place.namespace,
-            "labels": {PACKAGE: PACKAGE_NAME, RUN: run_label(job.run_id)},
-        }
-        if place.owner is not None:
-            metadata["ownerReferences"] = [dict(place.owner)]
-        encoded = {key: base64.b64encode(value.encode("utf-8", "surrogateescape")).decode() for key, value in data.items()}
-        return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": kind, "data": encoded}
 
-    found, name = [], job_name(job)
-    if job.secret_environment:
-        values = {f"v{number}": value for number, value in enumerate(job.secret_environment.values())}
-        found.append(secret(name, "Opaque", values))
-    if image.login is not None:
-        login = {"username": image.login.username, "password": image.login.password}
-        registry = image.login.registry or "https://index.docker.io/v1/"
-        config = {".dockerconfigjson": json.dumps({"auths": {re.sub(r"^https?://", "", registry): login}})}
-        found.append(secret(f"{name}-pull", "kubernetes.io/dockerconfigjson", config))
-    return found
+def pull_secret(job: ContainerJob, place: Place, image: Pulled) -> dict[str, Any] | None:
+    """The Secret with the login of the image's registry; `None` where it needs none."""
+    if image.login is None:
+        return None
+    login = {"username": image.login.username, "password": image.login.password}
+    registry = re.sub(r"^https?://", "", image.login.registry) or "https://index.docker.io/v1/"
+    config = {".dockerconfigjson": json.dumps({"auths": {registry: login}})}
+    return _secret(job, place, f"{job_name(job)}-pull", "kubernetes.io/dockerconfigjson", config, place.owner)
+
+
+def _secret(
+    job: ContainerJob, place: Place, name: str, kind: str, data: Mapping[str, str], owner: Json | None
+) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "name": name,
+        "namespace": place.namespace,
+        "labels": {PACKAGE: PACKAGE_NAME, RUN: run_label(job.run_id)},
+    }
+    if owner is not None:
+        metadata["ownerReferences"] = [dict(owner)]
+    encoded = {key: base64.b64encode(value.encode("utf-8", "surrogateescape")).decode() for key, value in data.items()}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": kind, "data": encoded}
 
 
 def in_force(pod: Json, version: str) -> dict[str, object]:

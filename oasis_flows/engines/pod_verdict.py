@@ -163,11 +163,12 @@ def _no_pod(job: Json | None, events: Sequence[Json]) -> Wait:
         error = UnsupportedByEngine(
             f"The namespace's Pod Security does not admit what the algorithm asks for. Close its sandbox again, or run it elsewhere.{said}"
         )
-    elif re.search(r"failed quota|must specify|service account|serviceaccount|RuntimeClass", words):
+    elif re.search(r"failed quota|must specify|RuntimeClass", words):
         error = UnsupportedByEngine(
             f"The namespace does not admit the pod. See deployments/kubernetes for what it needs.{said}"
         )
-    elif "is forbidden" in words:
+    elif "is forbidden" in words and "service account" not in words:
+        # That of a new namespace comes by itself.
         error = UnsupportedByEngine(f"The cluster does not admit the pod. Ask who runs it.{said}")
     return Wait(words=words, error=error)
 

@@ -160,6 +160,9 @@ class Double:
     def delete_job(self, name: str, policy: str | None) -> None:
         """As the cluster does; without a policy the pod stays, and is nobody's."""
         job = self.jobs.pop(name)
+        for key, each in list(self.others.items()):
+            if any(owner["uid"] == job["metadata"]["uid"] for owner in each.get("metadata", {}).get("ownerReferences", ())):
+                del self.others[key]
         for each in [
             p
             for p in self.pods.values()

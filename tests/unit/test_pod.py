@@ -58,7 +58,9 @@ KINDS = {"Job": "job-batch-v1", "Secret": "secret-v1", "NetworkPolicy": "network
 def body(job: ContainerJob = JOB, image: spec.Pulled | None = None, place: spec.Place = PLACE) -> dict[str, Any]:
     """The Job's body, which the schemas take."""
     found = spec.job_body(job, place, image or spec.Pulled())
-    for each in (found, *spec.secrets(job, place, image or spec.Pulled())):
+    row = {"metadata": {"name": "j", "uid": "u"}}
+    made = [found, spec.secret_values(job, place, row), spec.pull_secret(job, place, image or spec.Pulled())]
+    for each in filter(None, made):
         schema(KINDS[each["kind"]]).validate(json.loads(json.dumps(each)))
     return found
 
@@ -224,7 +226,9 @@ def test_secret_values_are_in_a_secret_only():
     job = replace(JOB, secret_environment={"KEY": "s3cret"})
 
     assert "s3cret" not in json.dumps(body(job))
-    assert [each["type"] for each in spec.secrets(job, PLACE, spec.Pulled())] == ["Opaque"]
+    made = spec.secret_values(job, PLACE, {"metadata": {"name": "j", "uid": "u"}})
+    assert made is not None
+    assert made["metadata"]["ownerReferences"][0]["uid"] == "u"
 
 
 def seen_pod(job: ContainerJob = JOB, **changes: Any) -> dict[str, Any]:
@@ -354,7 +358,6 @@ HOPELESS = {
     "74-secret-volume-missing": EngineError,
     "75-hostpath-missing": EngineError,
     "76-run-as-non-root": DescriptionError,
-    "78-service-account-missing": UnsupportedByEngine,
     "79-runtimeclass-missing": UnsupportedByEngine,
 }
 WAITING = {
@@ -374,6 +377,7 @@ WAITING = {
     "44-unschedulable-taint": "untolerated taint",
     "45-unschedulable-cordoned": "unschedulable",
     "71-pvc-unbound": "unbound",
+    "78-service-account-missing": "service account",
     "89-job-suspended": "suspended",
 }
 # Two runs of one name: what became of which is the follower's to tell, by the Jobs' uids.
