@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 # The owner renews its lease once a second. Where the claim's file system keeps locks on one node only, that is all that others see.
 _LEAST_GRACE_SECONDS = 15.0
 _SECONDS_TO_GO = 10.0
-_SECONDS_ABSENT = 10.0
+_SECONDS_ABSENT = 30.0
 
 
 class KubernetesEngine:
