@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,12 +92,28 @@ def _kubernetes_engine(settings: Settings) -> Engine:
     return _kubernetes_engines.setdefault(repr((here, settings.home)), made)
 
 
+_show: ContextVar[Callable[[str], None] | None] = ContextVar("show", default=None)
+
+
+@contextmanager
+def telling(show: Callable[[str], None]) -> Iterator[None]:
+    """Let what an engine says of its waiting be shown by `show`, too, until the block ends."""
+    token = _show.set(show)
+    try:
+        yield
+    finally:
+        _show.reset(token)
+
+
 def _tell(line: str) -> None:
-    """Show a line in the run's log, where there is a run."""
+    """Show a line in the run's log, and on its page, where there is a run."""
     try:
         get_run_logger().info("%s", line)
     except MissingContextError:
         logger.info("%s", line)
+    else:
+        if show := _show.get():
+            show(line)
 
 
 def _cluster_config(document: str) -> tuple[dict[str, Any], str | None]:

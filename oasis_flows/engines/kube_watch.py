@@ -48,7 +48,8 @@ class PodWatch:
         self._pods: dict[str, dict[str, Json]] = {}
         self._gone: dict[str, set[str]] = {}
         self._version, self._interested = 0, 0
-        self._thread: threading.Thread | None = None
+        # Stands for the thread that watches now: one that finds another here is out of date.
+        self._turn: object | None = None
         self._response: Any = None
         self._events: tuple[float, Sequence[Json]] = (float("-inf"), ())
         self._asking = threading.Lock()
@@ -60,16 +61,17 @@ class PodWatch:
         """Watch until the block ends. To be entered before a Job is made, so that nothing of its pod is missed."""
         with self._changed:
             self._interested += 1
-            if self._thread is None or not self._thread.is_alive():
-                self.failure = None
-                self._thread = threading.Thread(target=self._work, name=f"oasis-watch-{self._namespace}", daemon=True)
-                self._thread.start()
+            if self._turn is None:
+                self.failure, self.away_since, self._turn = None, None, object()
+                name = f"oasis-watch-{self._namespace}"
+                threading.Thread(target=self._work, args=(self._turn,), name=name, daemon=True).start()
         try:
             yield
         finally:
             with self._changed:
                 self._interested -= 1
                 if not self._interested:
+                    self._turn = None
                     self._hang_up()
                     self._pods, self._gone = {}, {}
 
@@ -111,34 +113,36 @@ class PodWatch:
             return []
         return sorted(found["items"], key=_time_of)
 
-    def _work(self) -> None:
+    def _work(self, turn: object) -> None:
         version, pause = "", 1.0
-        while self._interested:
+        while self._turn is turn:
             try:
                 version = version or self._list()
-                version = self._follow(version)
+                version = self._follow(turn, version)
                 self.away_since, pause = None, 1.0
             except Refused as error:
                 if error.status in (401, 403, 404):
-                    self._fail(error)
+                    self._fail(turn, error)
                     return
                 version = ""
+                time.sleep(pause)
             except (EngineUnavailable, OSError, ValueError) as error:
-                if not self._interested:
+                if self._turn is not turn:
                     return
                 self.away_since = self.away_since or time.monotonic()
                 logger.debug("The watch of %s broke: %s", self._namespace, error)
                 time.sleep(pause)
                 pause = min(pause * 2, 5.0)
             except Exception as error:  # noqa: BLE001 - who waits has to hear of it
-                self._fail(error)
+                self._fail(turn, error)
                 return
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, turn: object, error: Exception) -> None:
         with self._changed:
-            self.failure = error
-            self._version += 1
-            self._changed.notify_all()
+            if self._turn is turn:
+                self._turn, self.failure = None, error
+                self._version += 1
+                self._changed.notify_all()
 
     def _list(self) -> str:
         """Take all pods as they are; of those that are there no more, note that. Return where a watch goes on."""
@@ -156,7 +160,7 @@ class PodWatch:
             self._changed.notify_all()
         return str(found["metadata"]["resourceVersion"])
 
-    def _follow(self, version: str) -> str:
+    def _follow(self, turn: object, version: str) -> str:
         """Take changes until the server ends the watch; return where the next one goes on, empty where anew."""
         import urllib3
 
@@ -178,16 +182,19 @@ class PodWatch:
                         return ""
                     version = event["object"]["metadata"]["resourceVersion"]
                     if event["type"] != "BOOKMARK":
-                        self._take(event)
+                        self._take(turn, event)
             except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
-                if self._interested:
+                if self._turn is turn:
                     raise EngineUnavailable(f"The watch of {self._namespace} broke. The cause: {error}") from error
             finally:
-                self._response = None
+                if self._response is response:
+                    self._response = None
         return version
 
-    def _take(self, event: Json) -> None:
+    def _take(self, turn: object, event: Json) -> None:
         with self._changed:
+            if self._turn is not turn:
+                return
             pod = event["object"]
             self._put(pod)
             if event["type"] == "DELETED":

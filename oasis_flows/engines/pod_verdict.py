@@ -36,7 +36,7 @@ Json = Mapping[str, Any]
 _ENDED_PHASES = ("Succeeded", "Failed")
 _EXEC_FAILED = re.compile(rb"exec /[^\n]*: (exec format error|no such file or directory|permission denied)\n?", re.IGNORECASE)
 _QUOTA = re.compile(r"exceeded quota: \S+, requested: (?P<requested>\S+), used: \S+, limited: (?P<limited>\S+)")
-_MISSING = re.compile(r'(secret|configmap) "[^"]*" not found|couldn\'t find key|hostPath type check failed')
+_MISSING = re.compile(r'(secret|configmap) "[^"]*" not found|could\S+ find key|hostPath type check failed')
 # What kubelet evicts a pod for that has more than it asked for, in kubelet's words; not for the node's own want.
 _OWN_EXCESS = re.compile(r"exceeds the (total )?limit|exceeded its local ephemeral storage limit", re.IGNORECASE)
 
