@@ -191,6 +191,8 @@ def _print_reaped(reaped: reaper.Reaped, *, as_json: bool) -> None:
         print(f"removed the container of run {run_id}")
     for run_id in reaped.workspaces:
         print(f"removed the workspace of run {run_id}")
+    for name in reaped.caches:
+        print(f"removed what a prerequisite had kept in caches/{name} and nobody had used for long")
     print(f"{counted(len(reaped.containers), 'container')} and {counted(len(reaped.workspaces), 'workspace')} removed.")
 
 

@@ -8,31 +8,26 @@ without the key `at`, so two datasets with equal digests hold the same names and
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import orjson
 
 from .errors import DatasetError, UnsafeName
 
 MAX_SEGMENT_BYTES = 255
 MAX_NAME_BYTES = 4000
 MAX_LEVELS = 255
-_quoted = json.encoder.encode_basestring
-# A line as `to_line` writes it for nearly all names: reading it so takes a third of the time that JSON's reader takes.
-_PLAIN_LINE = re.compile(
-    r'\{"path":"([ !#-\[\]-~]+)","bytes":(0|[1-9][0-9]{0,17})(?:,"sha256":"([ !#-\[\]-~]*)")?'
-    r'(?:,"etag":"([ !#-\[\]-~]*)")?(?:,"at":"([ !#-\[\]-~]*)")?\}\n?'
-)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One file: its name relative to the dataset, its size, and its SHA-256 (hex) once the bytes have been read.
 
     `etag` is what an object store said when it was listed; it is never part of a published manifest. `at` is where the
     bytes are, relative to the dataset's folder, where that is not under its name: a batch's manifest points into its shards.
+    A tuple is made in a quarter of the time of a frozen dataclass, and a large dataset has millions.
     """
 
     path: str
@@ -53,15 +48,15 @@ class Summary:
 
 def to_line(entry: Entry) -> bytes:
     """The entry as its line in a manifest, newline included."""
-    # A batch lists millions of files, and `json.dumps` makes an encoder for each.
-    text = f'{{"path":{_quoted(entry.path)},"bytes":{entry.bytes}'
-    if entry.sha256 is not None:
-        text += f',"sha256":{_quoted(entry.sha256)}'
-    if entry.etag is not None:
-        text += f',"etag":{_quoted(entry.etag)}'
-    if entry.at is not None:
-        text += f',"at":{_quoted(entry.at)}'
-    return f"{text}}}\n".encode()
+    path, size, sha256, etag, at = entry
+    row: dict[str, str | int] = {"path": path, "bytes": size}
+    if sha256 is not None:
+        row["sha256"] = sha256
+    if etag is not None:
+        row["etag"] = etag
+    if at is not None:
+        row["at"] = at
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def parse_line(line: bytes, number: int = 0) -> Entry:
@@ -70,22 +65,18 @@ def parse_line(line: bytes, number: int = 0) -> Entry:
     Raises:
         DatasetError: the line is not one of a manifest; the message names its number.
     """
-    plain = _PLAIN_LINE.fullmatch(line.decode("ascii", "replace"))
-    if plain is not None:
-        path, size, sha256, etag, at = plain.groups()
-        return Entry(path, int(size), sha256, etag, at)
     try:
-        row = json.loads(line)
+        row = orjson.loads(line)
         path, size, sha256, etag, at = row["path"], row["bytes"], row.get("sha256"), row.get("etag"), row.get("at")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DatasetError(f"Line {number} of the manifest is not one of a manifest: {line[:120]!r}.") from error
     if not (
-        isinstance(path, str)
-        and isinstance(size, int)
+        type(path) is str
+        and type(size) is int
         and size >= 0
-        and isinstance(sha256, str | None)
-        and isinstance(etag, str | None)
-        and isinstance(at, str | None)
+        and (sha256 is None or type(sha256) is str)
+        and (etag is None or type(etag) is str)
+        and (at is None or type(at) is str)
     ):
         raise DatasetError(f"Line {number} of the manifest has a value of the wrong type: {line[:120]!r}.")
     return Entry(path, size, sha256, etag, at)
@@ -93,7 +84,7 @@ def parse_line(line: bytes, number: int = 0) -> Entry:
 
 def parse(lines: Iterable[bytes]) -> Iterator[Entry]:
     """The entries of a manifest, line by line; checked as `checked` does."""
-    return checked(parse_line(line, number) for number, line in enumerate(lines, 1) if line.strip())
+    return checked(parse_line(line, number) for number, line in enumerate(lines, 1) if line and not line.isspace())
 
 
 def sort_key(path: str) -> bytes:
@@ -116,7 +107,7 @@ class Tally:
         self.file_count += 1
         self.size_bytes += entry.bytes
         # Where the bytes are is no part of what they are.
-        self._digest.update(line if entry.at is None else to_line(replace(entry, at=None)))
+        self._digest.update(line if entry.at is None else to_line(entry._replace(at=None)))
         self._complete &= entry.sha256 is not None
         return line
 
@@ -136,15 +127,8 @@ def shown(path: str) -> str:
 
 def _is_plain(path: str) -> bool:
     """Does a name need no closer look? Nearly all do not, and there are millions of them."""
-    return (
-        path.isascii()
-        and 0 < len(path) <= MAX_SEGMENT_BYTES
-        and path[0] not in "./"
-        and path[-1] != "/"
-        and "//" not in path
-        and "/." not in path
-        and "\0" not in path
-    )
+    rooted = f"/{path}/"
+    return path.isascii() and len(path) <= MAX_SEGMENT_BYTES and "/." not in rooted and "//" not in rooted and "\0" not in path
 
 
 def check_name(path: str) -> None:
@@ -197,12 +181,13 @@ def checked(entries: Iterable[Entry]) -> Iterator[Entry]:
         if previous is not None and path <= previous:
             what = "comes twice" if path == previous else f"comes after {previous!r} and should come before it"
             raise DatasetError(f"The manifest's entry {path!r} {what}. A manifest is sorted and names each file once.")
+        if previous is not None and path.startswith(previous):
+            ancestors.append(previous)
         while ancestors and not path.startswith(ancestors[-1]):
             ancestors.pop()
         for ancestor in ancestors:
             if path[len(ancestor)] == "/":
                 raise UnsafeName(f"{ancestor!r} is a file and also the folder of {path!r}. Rename one of them.")
-        ancestors.append(path)
         if not path.isascii():
             key = hashlib.blake2b(unicodedata.normalize("NFC", path).encode(), digest_size=16).digest()
             if key in normalised:

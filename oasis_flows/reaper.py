@@ -23,7 +23,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.states import Cancelled, Crashed
 
-from . import documents, lease, store, workspace
+from . import caches, documents, lease, store, workspace
 from .artifacts import tell_failure
 from .blocks import DatasetStore
 from .errors import EngineUnavailable, ProcessGone
@@ -45,18 +45,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reaped:
-    """Ids of runs: whose containers and workspaces are gone now, and which Prefect was told the end of."""
+    """Ids of runs: whose containers and workspaces are gone now, and which Prefect was told the end of.
+
+    `caches` are names of folders that prerequisites had kept.
+    """
 
     containers: tuple[str, ...]
     workspaces: tuple[str, ...]
     runs: tuple[str, ...]
+    caches: tuple[str, ...]
 
 
 def reap(settings: Settings, *, now: bool = False) -> Reaped:
     """Remove containers that nobody owns and workspaces that nobody came back for, and tell Prefect of runs that died.
 
     So that a retry finds them, a dead run's container may stay for the setting `OASIS_FLOWS_RETRY_WINDOW`, unless `now`, and its
-    workspace for `OASIS_FLOWS_KEEP_HOURS`. A Prefect server that does not answer is no error; the next call tells it.
+    workspace for `OASIS_FLOWS_KEEP_HOURS`. What prerequisites keep goes when no run has used it for `OASIS_FLOWS_KEEP_CACHES_HOURS`. A Prefect server that does not answer is no error; the next call tells it.
 
     Raises:
         EngineUnavailable: nobody can tell which containers there are. Prefect was told of the dead runs all the same.
@@ -69,7 +73,12 @@ def reap(settings: Settings, *, now: bool = False) -> Reaped:
     finally:
         with _noted("Prefect could not be told which runs are dead"):
             runs = _tell_ends(settings, min(window, SILENCE_SECONDS))
-    return Reaped(containers=containers, workspaces=workspace.reap(settings.workspaces, settings.keep_seconds), runs=runs)
+    return Reaped(
+        containers=containers,
+        workspaces=workspace.reap(settings.workspaces, settings.keep_seconds),
+        runs=runs,
+        caches=caches.reap(settings.caches, settings.keep_caches_seconds),
+    )
 
 
 def reap_until_quiet(settings: Settings) -> Iterator[Reaped]:

@@ -70,6 +70,7 @@ class Settings:
     stop_grace_seconds: float
     retry_window_seconds: float
     keep_seconds: float
+    keep_caches_seconds: float
     headroom: float
     capacity: Path | None
     marketplaces: tuple[str, ...] = ("prefect",)
@@ -112,6 +113,7 @@ def current() -> Settings:
         stop_grace_seconds=_seconds("OASIS_FLOWS_STOP_GRACE", "10"),
         retry_window_seconds=_seconds("OASIS_FLOWS_RETRY_WINDOW", "60"),
         keep_seconds=3600 * _seconds("OASIS_FLOWS_KEEP_HOURS", "24"),
+        keep_caches_seconds=3600 * _seconds("OASIS_FLOWS_KEEP_CACHES_HOURS", "720"),
         marketplaces=tuple(re.split(r"[\s,]+", (env("OASIS_FLOWS_MARKETPLACES") or "prefect").strip(" ,"))),
         storages=_table("OASIS_FLOWS_STORAGES"),
         hold_seconds=_seconds("OASIS_FLOWS_MAX_HOLD", "3600"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -128,12 +128,13 @@ def run_container(
     if done is None:
         started, engine = time.monotonic(), open_engine(settings)
         job = container_job(plan, workspace, image=image, input_folder=input_folder, settings=settings)
-        prepared = _with_caches(plan, workspace, settings, engine, job)
-        if isinstance(prepared, ContainerJob):
-            exit = _run_with_enough_memory(plan, workspace, engine, prepared)
-            notes = callbacks.read(workspace.notes, plan.prerequisites.around_algorithm())
-        else:
-            exit, notes = prepared
+        with ExitStack() as held:
+            prepared = _with_caches(plan, workspace, settings, engine, job, held)
+            if isinstance(prepared, ContainerJob):
+                exit = _run_with_enough_memory(plan, workspace, engine, prepared)
+                notes = callbacks.read(workspace.notes, plan.prerequisites.around_algorithm())
+            else:
+                exit, notes = prepared
         go_on()
         done = _finish(
             workspace,
@@ -159,9 +160,9 @@ def run_container(
 
 
 def _with_caches(
-    plan: Plan, workspace: Workspace, settings: Settings, engine: Engine, job: ContainerJob
+    plan: Plan, workspace: Workspace, settings: Settings, engine: Engine, job: ContainerJob, held: ExitStack
 ) -> ContainerJob | tuple[ContainerExit, Notes]:
-    """The job with what its prerequisites keep, prepared where nobody has yet; or how the preparation failed."""
+    """The job with what its prerequisites keep, prepared where nobody has yet, and `held`; or how the preparation failed."""
     failed: list[tuple[ContainerExit, Notes]] = []
 
     def prepare(step: Step, folder: Path) -> bool:
@@ -176,7 +177,7 @@ def _with_caches(
 
     for step in plan.prerequisites.cached:
         wait = partial(get_run_logger().info, "Another run prepares the prerequisite %s; waiting for it.", step.item.name)
-        folder = caches.ensure(settings.caches, caches.key(step, job.image), partial(prepare, step), wait)
+        folder = held.enter_context(caches.held(settings.caches, caches.key(step, job.image), partial(prepare, step), wait))
         if folder is None:
             return failed[0]
         job = replace(job, mounts=(*job.mounts, Mount(source=folder, target=step.cache_path, read_only=True)))

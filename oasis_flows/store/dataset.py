@@ -49,10 +49,11 @@ class Published:
         Raises:
             DatasetError: the manifest is damaged.
         """
+        in_parts = self.in_parts
         for entry in parse(lines(files(self.location).read(MANIFEST))):
             if entry.sha256 is None:
                 raise DatasetError(f"The manifest of {self.location.url} has no sha256 for {entry.path!r}: publish it again.")
-            if (entry.at is None) is self.in_parts:
+            if (entry.at is None) is in_parts:
                 raise DatasetError(
                     f"The manifest of {self.location.url} does not fit its {RECORD}, at {entry.path!r}: publish it again."
                 )

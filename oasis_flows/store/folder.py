@@ -26,11 +26,12 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file of a folder: its name, its size, and the name where its bytes are (another one for a link)."""
+    """A file of a folder: its name, its size, the name where its bytes are (another one for a link), and its version."""
 
     name: str
     bytes: int
     real: str
+    etag: str
 
 
 def refuse(message: str) -> None:
@@ -102,13 +103,19 @@ def _file_at(root: Path, name: str) -> Found | str:
         facts = os.lstat(where)
         kind = stat.S_IFMT(facts.st_mode)
         if kind == stat.S_IFREG:
-            return Found(name, facts.st_size, name)
+            return Found(name, facts.st_size, name, _version(facts))
         if kind != stat.S_IFLNK:
             return f"{name!r} is {KINDS.get(kind, 'no file')} in {root}. A dataset holds files only: remove it."
         real = _behind(root, name)
         if isinstance(real, str):
             return f"{name!r} is a link {real}. Replace it by the file itself (cp -L), or remove it."
-        return Found(name, (root / real).stat().st_size, str(real))
+        facts = (root / real).stat()
+        return Found(name, facts.st_size, str(real), _version(facts))
+
+
+def _version(facts: os.stat_result) -> str:
+    """What is another one after a change, as a store's etag is: the time of the last one, as exactly as the file system tells."""
+    return f"mtime {facts.st_mtime_ns}"
 
 
 def _behind(root: Path, name: str) -> PurePosixPath | str:
@@ -197,11 +204,11 @@ class Folder:
         if top.exists() and not top.is_dir():
             raise DatasetError(f"{top} is a file. A dataset is a folder: give the folder that it is in.")
         for found in walk(top):
-            yield Entry(found.name, found.bytes)
+            yield Entry(found.name, found.bytes, etag=found.etag)
 
-    def read(self, name: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:  # noqa: ARG002
+    def read(self, name: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
         """See `Files.read`."""
-        with opened(self.root, self._real(name)) as file:
+        with self._opened(name, etag) as file:
             os.lseek(file, start, os.SEEK_SET)
             yield from chunks_of(file, self._where(name))
 
@@ -209,9 +216,23 @@ class Folder:
         with translated(self._where(name)):
             return str(_behind(self.root, name)) if (self.root / name).is_symlink() else name
 
-    def link_to(self, path: Path, name: str) -> bool:
-        """Give the file `name` a second name, `path`; `False` where the kernel does not (another file system, for one)."""
-        with opened(self.root, self._real(name)) as descriptor, translated(str(path), writing=True):
+    @contextmanager
+    def _opened(self, name: str, etag: str | None) -> Iterator[int]:
+        with opened(self.root, self._real(name)) as file:
+            if etag not in (None, _version(os.fstat(file))):
+                raise DatasetError(
+                    f"{self._where(name)} was changed after it had been listed. Restore it as it was, its time included, or begin anew "
+                    "once nobody writes there."
+                )
+            yield file
+
+    def link_to(self, path: Path, name: str, *, etag: str | None = None) -> bool:
+        """Give the file `name` a second name, `path`; `False` where the kernel does not (another file system, for one).
+
+        Raises:
+            DatasetError: `etag` is given and the file is another by now.
+        """
+        with self._opened(name, etag) as descriptor, translated(str(path), writing=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
             return _link(descriptor, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def commit(location: Location, *, beside: Mapping[str, Path], log: Path, record:
 
 def _lines_of(location: Location, part: str) -> list[bytes]:
     entries = Published(location=location.child(part), record={}).entries()
-    return [to_line(replace(entry, at=f"{part}/{DATA}{entry.path}")) for entry in entries]
+    return [to_line(entry._replace(at=f"{part}/{DATA}{entry.path}")) for entry in entries]
 
 
 def _runs(path: Path) -> Iterator[tuple[int, int]]:

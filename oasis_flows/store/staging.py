@@ -7,7 +7,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -201,7 +201,7 @@ def _noted(fetched: Iterable[tuple[Entry, bool]], note: Callable[[Entry], None],
         else:
             meter.add(entry.bytes)
         meter.file_done()
-        yield replace(entry, etag=None, at=None)
+        yield entry._replace(etag=None, at=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +230,7 @@ class _FetchOne:
         if (
             self.link
             and isinstance(self.store, Folder)
-            and self.store.link_to(self.into / wanted.path, wanted.at or wanted.path)
+            and self.store.link_to(self.into / wanted.path, wanted.at or wanted.path, etag=wanted.etag)
         ):
             return self._read_linked(wanted)
         first, right = self._copy(wanted)

@@ -476,7 +476,7 @@ def test_reap_and_doctor_say_what_they_found_in_json_and_end_with_three_where_no
 ):
     code, out, _ = call("reap", "--json")
     assert code == 0
-    assert set(json.loads(out)) == {"containers", "workspaces", "runs"}
+    assert set(json.loads(out)) == {"containers", "workspaces", "runs", "caches"}
 
     code, out, _ = call("doctor", "--json")
     findings = {finding["check"]: finding for finding in map(json.loads, out.splitlines())}

@@ -398,6 +398,32 @@ def test_a_batch_whose_input_changed_meanwhile_is_refused_with_what_changed(ran,
     assert "'b' has changed; 'c' is gone; 'd' is new" in str(second.result)
 
 
+def test_a_change_that_leaves_a_files_size_is_noticed_on_resume(ran, notes):
+    dataset = notes("a", "b")
+    first = ran(FakeEngine(upper), dataset)
+    (Path(dataset.url) / "b").write_text("B")
+    second = again(first, FakeEngine(upper), dataset)
+
+    assert isinstance(second.result, DatasetError)
+    assert "not what it was when the batch was begun: 'b' has changed. Restore it" in str(second.result)
+
+
+def test_a_change_that_leaves_a_files_size_is_noticed_before_its_shard_runs(ran, notes):
+    dataset = notes(*"abcdef")
+
+    def spoils_f(job, log):
+        (Path(dataset.url) / "f").write_text("F")
+        return upper(job, log)
+
+    # One at a time and one ahead: the last shard is staged long after the first has run.
+    done = ran(FakeEngine(spoils_f), dataset, files_per_shard=1, max_parallel=1)
+
+    (bad,) = done.lines("failed.jsonl")
+    assert bad["file"] == "f"
+    assert "was changed after it had been listed" in bad["verdict"]["sentence"]
+    assert sorted(done.content) == [*"abcde"]
+
+
 def test_a_batch_does_not_go_on_as_another_one(ran, notes):
     dataset = notes("a", "b", "c")
     first = ran(FakeEngine(upper), dataset)

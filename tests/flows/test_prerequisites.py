@@ -132,6 +132,16 @@ def test_a_failed_start_keeps_the_algorithm_from_starting_and_is_named(ran, made
     assert done.record["prerequisites"]["callbacks"][0]["command"] == "cd /nowhere"
 
 
+def test_a_command_that_is_not_whole_is_named(ran, made, image):
+    split = made(("taskStarts", "if true; then", "echo split", "fi"), name="split")
+    whole = made(("taskStarts", "if true; then\n  echo whole\nfi"))
+    done, well = (ran(Algorithm(docker_image=image, command=[*SAY, "0"], prerequisites=[name])) for name in (split, whole))
+
+    assert "its prerequisite split failed: `if true; then` (taskStarts) ended with exit code 2" in done.message
+    assert "split" not in done.said
+    assert well.said == ["whole", "algorithm"]
+
+
 def test_a_failure_that_is_ignored_is_logged_and_the_run_goes_on(ran, made, image):
     names = [
         made(("taskStarts", "exit 9"), ("taskEnds", "false"), failurePolicy="ignore", name="optional"),

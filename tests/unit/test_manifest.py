@@ -113,7 +113,16 @@ def test_the_digest_is_known_only_when_every_file_was_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"{", b"[]", b"{}", b'{"path":1,"bytes":1}', b'{"path":"a","bytes":-1}', b'{"path":"a","bytes":"1"}']
+    "line",
+    [
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"path":1,"bytes":1}',
+        b'{"path":"a","bytes":-1}',
+        b'{"path":"a","bytes":"1"}',
+        b'{"path":"a","bytes":true}',
+    ],
 )
 def test_a_damaged_line_is_named_by_its_number(line: bytes) -> None:
     with pytest.raises(DatasetError, match="Line 2"):
