@@ -31,11 +31,12 @@ RUN_ID, ATTEMPT, LEASE, CLAIM, JOB = (f"oasis-flows.io/{name}" for name in ("run
 CONTAINER = "main"
 POLICY = "oasis-flows-no-network"
 
-# A file of the workspace is mounted over a file. From a claim that is not the one of this process's home, kubelet would
-# mount a folder that it has just made, and a folder cannot be mounted over a file: so the container does not start.
+# The lease is mounted here, and then, as kubelet does it, the file for the termination message. From a claim that is not the one of
+# this process's home the lease would be a folder, which kubelet has just made; and a file cannot be mounted over a folder: so the
+# container does not start.
 PROOF = "/run/oasis-flows-claim"
 
-_WORKSPACE, _SHM, _PROOF = "workspace", "shm", "proof"
+_WORKSPACE, _SHM = "workspace", "shm"
 _KEPT_SECONDS = 86_400
 # Beyond the time limit and the wait for a place: a process that watches ends a container long before.
 _SPARE_SECONDS = 600
@@ -183,6 +184,7 @@ def _container(job: ContainerJob, place: Place, image: Pulled, name: str, mounts
         "image": job.image,
         "imagePullPolicy": "IfNotPresent",
         "workingDir": job.working_dir,
+        "terminationMessagePath": PROOF,
         "env": [
             *({"name": key, "value": escaped(value)} for key, value in job.environment.items()),
             *(
@@ -267,11 +269,9 @@ def _volumes(job: ContainerJob, place: Place, image: Pulled) -> tuple[list[dict[
     in_memory = {"medium": "Memory", "sizeLimit": str(resources.tmp_bytes or resources.memory_bytes)}
     volumes: list[dict[str, Any]] = [
         {"name": _WORKSPACE, "persistentVolumeClaim": {"claimName": place.claim}},
-        {"name": _PROOF, "downwardAPI": {"items": [{"path": "lease", "fieldRef": {"fieldPath": "metadata.uid"}}]}},
     ]
     mounts: list[dict[str, Any]] = [
-        {"name": _PROOF, "mountPath": PROOF, "readOnly": True},
-        {"name": _WORKSPACE, "mountPath": f"{PROOF}/lease", "subPath": sub_path(place, job.lease), "readOnly": True},
+        {"name": _WORKSPACE, "mountPath": PROOF, "subPath": sub_path(place, job.lease), "readOnly": True},
     ]
     for mount in job.mounts:
         path = sub_path(place, mount.source)
