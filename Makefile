@@ -10,7 +10,7 @@ TEST_PACKAGES := ceph-mon ceph-osd ceph-common radosgw docker-registry apache2-u
 # What the chaos suite uses.
 CHAOS_PACKAGES := ceph-mon ceph-osd ceph-common radosgw postgresql busybox-static docker.io
 
-.PHONY: help install demo demo-down test chaos check bench clean
+.PHONY: help install demo demo-down test chaos check bench bench-quick clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,9 +52,13 @@ check: install ## formatting, types, import directions, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-bench: install ## measure speed
-	@engine=$$(scripts/engine-up) && export "$$engine" && \
-		$(BIN)/python -m benchmarks
+bench: install ## measure everything that people wait for, into benchmarks/results.md; BENCH_PATH: where other clients are
+	@scripts/debian-packages $(CHAOS_PACKAGES)
+	@engine=$$(scripts/engine-up) && export "$$engine" && $(BIN)/python -m benchmarks
+
+bench-quick: install ## the same with less, in three minutes; SUBJECT: only one_run, say
+	@scripts/debian-packages $(CHAOS_PACKAGES)
+	@engine=$$(scripts/engine-up) && export "$$engine" && $(BIN)/python -m benchmarks --quick $(SUBJECT)
 
 clean: ## remove what was made here: .venv, the demo's files, caches
 	@[ ! -e .demo/server.pid ] || $(BIN)/python examples/demo.py --down

@@ -1,153 +1,109 @@
 """`make bench`: how long the things take that people wait for, beside the plainest way to do the same.
 
-Each row is measured in turns, ours and theirs, in one go: only the ratios mean something on a machine that does other things, too.
-The table is printed and written to `benchmarks/results.md`.
+    python -m benchmarks [--quick] [SUBJECT ...]
+
+The table is printed row by row. A whole run of all subjects is written to `benchmarks/results.md`.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
-import shutil
-import statistics
+import re
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
-from oasis_flows import store
-from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
-from oasis_flows.flows.algorithm_task import algorithm_task
-from oasis_flows.store import Location
+# First, for it has to be there before Prefect is imported.
+from benchmarks.surroundings import IMAGE, LIMITS, ROOT, ensure_image, quiet_prefect
 
-HERE = Path(__file__).parent
-IMAGE = "oasis-flows/co2-report:1"
-LIMITS = [
-    "--network=none",
-    "--read-only",
-    "--cap-drop=ALL",
-    "--security-opt=no-new-privileges",
-    "--pids-limit=1024",
-    "--init",
-    "--memory=1g",
-    "--memory-swap=1g",
-    "--cpus=1",
-    "--tmpfs=/tmp",
-    "--user=0:0",
-]
+# isort: split
+from benchmarks import command_line, local_store, many_runs, memory, object_store, one_run, output, start
+from benchmarks.table import HEADER, Row
+from tests.servers.prefect import PrefectServer
 
+__all__ = ["IMAGE", "LIMITS", "quiet_prefect"]
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One measurement: seconds of ours and of theirs, run by run."""
+METHOD = """Ours and what is beside it are measured in turns, in one go, on a machine that does other things, too: only what is in one row can be
+compared. A figure is the median of the turns' own ratios or differences; `cpu` is the processor time of this process and of
+what it started, without the engine's and the server's. The first turns do not count where a warm process is meant. How, row by row:
+the modules beside this file. What the figures mean: [performance](../docs/explanation/performance.md)."""
 
-    what: str
-    theirs_is: str
-    ours: list[float]
-    theirs: list[float]
+LESS = " With `--quick`: sizes and turns are smaller than in a whole run."
 
-    def __str__(self) -> str:
-        ours, theirs = statistics.median(self.ours), statistics.median(self.theirs)
-        spread = f"{min(self.ours):.2f}–{max(self.ours):.2f}"
-        return f"| {self.what} | {ours:.2f} s ({spread}) | {self.theirs_is} | {theirs:.2f} s | {ours / theirs:.2f} | {ours - theirs:+.2f} s |"
+# What needs a Prefect server comes first: at the end it has gone.
+SERVED = ("one_run", "many_runs", "start", "memory")
+ALONE = ("command_line", "output", "local_store", "object_store")
 
 
-def measure(what: str, theirs_is: str, ours: Callable[[], object], theirs: Callable[[], object], times: int) -> Row:
-    """Time both in turns, after one turn that does not count."""
-    row = Row(what, theirs_is, [], [])
-    for turn in range(times + 1):
-        for action, seconds in ((ours, row.ours), (theirs, row.theirs)):
-            began = time.perf_counter()
-            action()
-            if turn:
-                seconds.append(time.perf_counter() - began)
-    print(row, flush=True)
-    return row
-
-
-def whole_run(folder: Path) -> Row:
-    """One run of a container that does nothing, Prefect's part included."""
-    (folder / "in").mkdir()
-    (folder / "in" / "file").write_text("x")
-    algorithm = Algorithm(docker_image=DockerImage(image_id=IMAGE), command="true")
-    dataset, target = Dataset(url=str(folder / "in")), DatasetStore(url=str(folder / "out"))
-    bare = ["docker", "run", "--rm", *LIMITS, IMAGE, "true"]
-    return measure(
-        "`algorithm_task` with the container `true`, warm process",
-        "`docker run` with the same limits",
-        lambda: algorithm_task(algorithm, dataset, store=target),
-        lambda: subprocess.run(bare, check=True),
-        9,
-    )
-
-
-def publishing(folder: Path, count: int, size: int) -> Row:
-    """Files of a finished container to a local store, hashed."""
-    output, log = folder / f"output-{count}", folder / "log.txt"
-    for number in range(count):
-        file = output / f"{number // 1000}" / f"{number}.bin"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("wb") as content:
-            for _ in range(0, size, 1 << 20):
-                content.write(os.urandom(min(size, 1 << 20)))
-    log.touch()
-    plain = f"rm -rf {folder}/copy && cp -r {output} {folder}/copy && find {folder}/copy -type f -print0 | xargs -0 sha256sum > {folder}/sums"
-
-    def ours() -> None:
-        target = Location(str(folder / "published"))
-        store.publish(output, target, log=log, record=lambda _: b'{"oasis_flows": 1}', workspace=folder, commit=True)
-
-    row = measure(
-        f"publish {count} × {size >> 10} KiB to a folder",
-        "`cp -r` and `sha256sum`",
-        ours,
-        lambda: subprocess.run(["sh", "-c", plain], check=True),
-        3,
-    )
-    shutil.rmtree(output)
-    return row
-
-
-def help_text() -> Row:
-    """What everybody types first."""
-    command = [str(Path(sys.executable).with_name("oasis-flows")), "--help"]
-    bare = [sys.executable, "-c", "import argparse"]
-    return measure(
-        "`oasis-flows --help`",
-        "Python importing argparse",
-        lambda: subprocess.run(command, check=True, capture_output=True),
-        lambda: subprocess.run(bare, check=True),
-        5,
-    )
-
-
-@contextmanager
-def quiet_prefect(folder: Path) -> Iterator[None]:
-    """A database of our own, on Prefect's temporary server."""
-    os.environ["OASIS_FLOWS_HOME"] = str(folder / "home")
-    from prefect.settings import PREFECT_LOGGING_LEVEL, PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
-    from prefect.testing.utilities import prefect_test_harness
-
-    quiet = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120, PREFECT_LOGGING_LEVEL: "ERROR"}
-    with temporary_settings(quiet), prefect_test_harness(server_startup_timeout=120):
-        yield
+def rows(subject: str, folder: Path, server: PrefectServer | None, *, quick: bool) -> Iterator[Row]:
+    """The rows of one subject."""
+    match subject, server:
+        case "start", PrefectServer():
+            return start.rows(folder, server, quick=quick)
+        case "one_run", _:
+            return one_run.rows(folder, quick=quick)
+        case "many_runs", _:
+            return many_runs.rows(folder, quick=quick)
+        case "memory", _:
+            return memory.rows(folder, quick=quick)
+        case "output", _:
+            return output.rows(folder, quick=quick)
+        case "local_store", _:
+            return local_store.rows(folder, quick=quick)
+        case "object_store", _:
+            return object_store.rows(folder, quick=quick)
+        case _:
+            return command_line.rows(quick=quick)
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as name, quiet_prefect(Path(name)):
-        folder = Path(name)
-        rows = [help_text(), whole_run(folder), publishing(folder, 10_000, 4 << 10), publishing(folder, 2, 512 << 20)]
-    header = "| what | ours: median (spread) | beside it | median | ratio | difference |\n|---|---|---|---|---|---|"
-    table = "\n".join([header, *map(str, rows)])
-    machine = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}, {os.cpu_count()} cpus, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}"
-    (HERE / "results.md").write_text(
-        f"# Measured\n\n{machine}\n\nOurs and theirs in turns, in one go; the first turn does not count.\n\n{table}\n"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    print(f"\n{table}")
+    parser.add_argument("--quick", action="store_true", help="smaller and fewer: less than three minutes on an idle machine")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results.md, as a whole run does")
+    parser.add_argument("subject", nargs="*", choices=[*SERVED, *ALONE, []], help="what to measure; everything, by default")
+    options = parser.parse_args()
+    began, load, lines = time.time(), os.getloadavg()[0], list[str]()
+    chosen = options.subject or [*SERVED, *ALONE]
+    print(HEADER)
+    with tempfile.TemporaryDirectory(prefix="oasis-bench-") as name:
+        ensure_image()
+        for group, needs_server in ((SERVED, True), (ALONE, False)):
+            subjects = [subject for subject in group if subject in chosen]
+            with quiet_prefect(Path(name)) if needs_server and subjects else nullcontext() as server:
+                for subject in subjects:
+                    with tempfile.TemporaryDirectory(dir=name) as folder:
+                        for row in rows(subject, Path(folder), server, quick=options.quick):
+                            lines.append(str(row))
+                            print(row, flush=True)
+    print(f"\n{time.time() - began:.0f} s, {machine(load)}")
+    if options.write or not (options.quick or options.subject):
+        table = "\n".join([HEADER, *lines])
+        (ROOT / "benchmarks" / "results.md").write_text(
+            f"# Measured\n\n{machine(load)}.{LESS if options.quick else ''}\n\n{METHOD}\n\n{table}\n"
+        )
+
+
+def machine(load: float) -> str:
+    """What all of it ran on."""
+    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    engine = subprocess.run(
+        ["docker", "version", "--format", "{{.Server.Version}}"], capture_output=True, text=True, check=True
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    kernel = ".".join(platform.release().split(".")[:2])
+    return (
+        f"Linux {kernel}, {os.cpu_count()} processors ({cpu[1] if cpu else platform.machine()}), {memory} GiB, "
+        f"Docker {engine.stdout.strip().partition('+')[0]}, Python {platform.python_version()}, Prefect {version('prefect')}, "
+        f"load {load:.1f} before and {os.getloadavg()[0]:.1f} at the end"
+    )
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from prefect.flows import Flow
 from prefect.logging import get_run_logger
 from prefect.settings import get_current_settings
 
-from . import settings
+from . import backoff, settings
 from .artifacts import FAILED_TAG, first_files, tell_failure
 from .documents import patiently
 from .errors import OasisError, UnsafeName
+from .heartbeat import beating
 from .log import last_lines
 from .machine import open_engine
 from .manifest import Summary
@@ -70,8 +71,10 @@ def owned_workspace(here: Settings, account: Account) -> Iterator[Workspace]:
         RunInUse: another process works on this run.
         StoreFull: the folder cannot be made.
     """
-    with watched(_environment(here)), _opened(here) as workspace:
+    with beating(), watched(_environment(here)), _opened(here) as workspace:
         account.settle = partial(_settle, workspace, account, here)
+        with get_client(sync_client=True) as client:
+            backoff.shorten(client)
         try:
             _sweep(here)
             yield workspace
@@ -106,13 +109,25 @@ def _settle(workspace: Workspace, account: Account, here: Settings, error: Oasis
 
 def _environment(here: Settings) -> dict[str, str]:
     """What tells a process that starts elsewhere about this one's home, engine and Prefect server."""
-    prefect = get_current_settings().to_environment_variables(exclude_unset=True)
     certificates = os.environ.get("DOCKER_CERT_PATH")
     return {
-        **{name: value for name, value in prefect.items() if value is not None},
+        **_prefect_environment(),
         "OASIS_FLOWS_HOME": str(here.home),
         **({"DOCKER_CERT_PATH": str(Path(certificates).absolute())} if certificates else {}),
     }
+
+
+_told: tuple[object, dict[str, str]] | None = None
+
+
+def _prefect_environment() -> dict[str, str]:
+    """This process's Prefect settings as variables: made once for as long as they are the same, for it takes 50 ms."""
+    global _told
+    settings, told = get_current_settings(), _told
+    if told is None or told[0] is not settings:
+        found = settings.to_environment_variables(exclude_unset=True)
+        told = _told = (settings, {name: value for name, value in found.items() if value is not None})
+    return told[1]
 
 
 def _unpublished(workspace: Workspace, error: OasisError) -> bool:

@@ -10,6 +10,7 @@ import json
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ SECONDS_BETWEEN_BLOCKS = 1.0
 LAST_WORDS_BYTES = 8192
 MASK = b"***"
 _CHANCE = 3  # bytes
+# Of the lines that wait to be shown, so many of the first and so many of the last are kept.
+_KEPT_LINES = 1000
 # Name of the logger of the view, below that of the task: so the container's words can be told from the step's.
 VIEW_LOGGER = "container"
 
@@ -164,13 +167,16 @@ def record(path: Path, show: Callable[[str], None], secrets: Iterable[str] = ())
 
 
 class _View:
-    """Collects lines into blocks. Lines of stderr begin with `stderr | `."""
+    """Collects lines into blocks. Lines of stderr begin with `stderr | `.
+
+    Of a flood only the beginning and the end are kept, and only what is shown is decoded: the rest is in the file.
+    """
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
-        self._lines: list[str] = []
+        self._first: list[bytes] = []
+        self._latest: deque[bytes] = deque(maxlen=_KEPT_LINES)
         self._waiting = 0
-        self._omitted = 0
         self._partial: dict[Stream, bytes] = {"stdout": b"", "stderr": b""}
         self._shown = 0
         self._last = 0.0
@@ -197,19 +203,16 @@ class _View:
             self._flush()
 
     def _take(self, stream: Stream, lines: Sequence[bytes]) -> None:
-        mark = "stderr | " if stream == "stderr" else ""
-        for line in lines:
-            text = mark + line.decode(errors="replace").replace("\0", "�").removesuffix("\r")
-            self._waiting += 1
-            self._lines.append(text[:BLOCK_CHARACTERS])
-        # Only the beginning and the end of a flood are kept: the rest is in the file.
-        if len(self._lines) > 2000:
-            self._omitted += len(self._lines) - 1000
-            self._lines = self._lines[:500] + self._lines[-500:]
+        mark = b"stderr | " if stream == "stderr" else b""
+        self._waiting += len(lines)
+        room = _KEPT_LINES - len(self._first)
+        self._first += [mark + line for line in lines[:room]]
+        self._latest.extend(mark + line for line in lines[max(room, len(lines) - _KEPT_LINES) :])
 
     def _flush(self) -> None:
         block = self._block()
-        self._lines, self._waiting, self._omitted = [], 0, 0
+        self._first, self._waiting = [], 0
+        self._latest.clear()
         self._last = time.monotonic()
         if self._shown >= VIEW_CHARACTERS:
             return
@@ -220,12 +223,23 @@ class _View:
 
     def _block(self) -> str:
         half = BLOCK_CHARACTERS // 2 - 100
-        if not self._omitted and sum(len(line) + 1 for line in self._lines) <= 2 * half:
-            return "\n".join(self._lines)
-        head = _fitting(self._lines, half)
-        tail = _fitting(self._lines[len(head) :][::-1], half)[::-1]
+        first, latest = [_shown(line) for line in self._first], [_shown(line) for line in self._latest]
+        if self._waiting == len(first) + len(latest):
+            lines = first + latest
+            if sum(len(line) + 1 for line in lines) <= 2 * half:
+                return "\n".join(lines)
+            head = _fitting(lines, half)
+            latest = lines[len(head) :]
+        else:
+            head = _fitting(first, half)
+        tail = _fitting(latest[::-1], half)[::-1]
         left_out = self._waiting - len(head) - len(tail)
         return "\n".join([*head, f"[{left_out} lines left out here; log.txt has every byte.]", *tail])
+
+
+def _shown(line: bytes) -> str:
+    text = line[: 4 * BLOCK_CHARACTERS].decode(errors="replace").replace("\0", "�")
+    return text.removesuffix("\r")[:BLOCK_CHARACTERS]
 
 
 def _fitting(lines: Sequence[str], characters: int) -> list[str]:

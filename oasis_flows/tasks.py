@@ -24,7 +24,7 @@ from prefect.logging import get_run_logger
 from prefect.logging.loggers import PrefectLogAdapter
 from prefect.tasks import Task, exponential_backoff
 
-from . import caches, callbacks, documents, log, progress, store
+from . import caches, callbacks, documents, log, progress, saving, store
 from .artifacts import TransferBar, show_waiting
 from .blocks import Dataset
 from .callbacks import Notes
@@ -202,7 +202,8 @@ def _run_with_enough_memory(plan: Plan, workspace: Workspace, engine: Engine, jo
 
 
 def _run(plan: Plan, workspace: Workspace, engine: Engine, job: ContainerJob) -> ContainerExit:
-    if not engine.find(job):
+    # A container has its output folder before it is made: where there is none, nobody has to ask the engine.
+    if not workspace.output.exists() or not engine.find(job):
         workspace.fresh_output()
         if job.wrapper is not None:
             workspace.fresh_notes()
@@ -312,7 +313,7 @@ def save_document(plan: Plan, summary: Summary) -> Dataset:
         size_bytes=summary.size_bytes,
         manifest_digest=summary.digest,
     )
-    documents.patiently(lambda: dataset.save(plan.document_name, overwrite=True))
+    documents.patiently(lambda: saving.save(dataset, plan.document_name))
     files, size = counted(summary.file_count, "file"), human_bytes(summary.size_bytes)
     get_run_logger().info("Published %s, %s, as dataset %s: %s", files, size, plan.document_name, plan.output.url)
     return dataset

@@ -87,12 +87,13 @@ class DockerEngine:
             ImageDenied, RegistryUnavailable, EngineUnavailable: the surroundings are.
         """
         with self._api("preparing an image") as api:
-            spec.refuse_unenforced(api.info())
+            info = api.info()
+            spec.refuse_unenforced(info)
             if image.image_id:
-                return docker_image.pull(api, image.image_id, image.login)
+                return docker_image.pull(api, image.image_id, image.login, info)
             assert image.image_file is not None  # noqa: S101 - ImageSource takes care of it
             spool = self._spool or Path(tempfile.gettempdir())
-            return docker_image.load(api, image.image_file, dict(image.storage_options), spool)
+            return docker_image.load(api, image.image_file, dict(image.storage_options), spool, info)
 
     def run(self, job: ContainerJob, log: LogSink) -> ContainerExit:
         """Run the job to its end and remove its container; see the seam's promises.
@@ -111,7 +112,7 @@ class DockerEngine:
             info = api.info()
             spec.refuse_unenforced(info)
             try:
-                found = docker_run.find_container(api, job, info) or docker_run.create_container(api, job, info)
+                found = docker_run.find_container(api, job) or docker_run.create_container(api, job, info)
                 if isinstance(found, ContainerExit):
                     return found
                 return docker_run.Supervision(api, job, found, log, self._patience, info).run()
@@ -121,7 +122,7 @@ class DockerEngine:
     def find(self, job: ContainerJob) -> bool:
         """Is there a container of the job to re-attach to; see `Engine.find`."""
         with self._api(f"looking for {spec.container_name(job)}") as api:
-            return docker_run.find_container(api, job, api.info()) is not None
+            return docker_run.find_container(api, job) is not None
 
     def describe(self) -> Description:
         """What the engine says about itself."""

@@ -30,17 +30,15 @@ _HUB = {"", "docker.io", "index.docker.io", "registry-1.docker.io", "registry.hu
 _LOAD_TIMEOUT = 1800
 
 
-def pull(api: Any, reference: str, login: RegistryLogin | None) -> str:
-    """See `DockerEngine.prepare`."""
+def pull(api: Any, reference: str, login: RegistryLogin | None, info: Mapping[str, Any]) -> str:
+    """See `DockerEngine.prepare`; `info` is the engine's word about itself."""
     image = _inspect(api, reference)
     if image is None:
         _pull(api, reference, login)
         image = _inspect(api, reference)
     if image is None:
         raise ImageNotFound(f"The engine pulled {reference} and does not have it. See the engine's own log.")
-    check_platform(
-        api.info(), str(image.get("Os")), str(image.get("Architecture")), UnsupportedByEngine, f"The image {reference}"
-    )
+    check_platform(info, str(image.get("Os")), str(image.get("Architecture")), UnsupportedByEngine, f"The image {reference}")
     return pinned(reference, image.get("RepoDigests") or (), image["Id"])
 
 
@@ -132,7 +130,7 @@ def check_platform(info: Mapping[str, Any], os: str, architecture: str, refusal:
     )
 
 
-def load(api: Any, location: str, options: dict[str, Any], spool: Path) -> str:
+def load(api: Any, location: str, options: dict[str, Any], spool: Path, info: Mapping[str, Any]) -> str:
     """See `DockerEngine.prepare`. A remote file crosses the network once, into an unnamed file in `spool`.
 
     A file is not read at all when its size and version (time and inode, or ETag) are those of one loaded before and the
@@ -145,7 +143,7 @@ def load(api: Any, location: str, options: dict[str, Any], spool: Path) -> str:
         return str(known["Id"])
     with opened(filesystem, path, spool, label) as file:
         archive = read_archive(file, label)
-        check_platform(api.info(), archive.os, archive.architecture, InvalidImageFile, label)
+        check_platform(info, archive.os, archive.architecture, InvalidImageFile, label)
         present = _inspect(api, archive.id)
         image_id = str(present["Id"]) if present else _load(api, file, archive, label)
     if tag:

@@ -58,7 +58,8 @@ class Demultiplexer:
                     ready = []
                 self._stream = _STREAMS[number]
                 continue
-            payload = bytes(self._buffer[at : at + self._left])
+            with memoryview(self._buffer) as view:
+                payload = bytes(view[at : at + self._left])
             at += len(payload)
             self._left -= len(payload)
             ready.append(payload)

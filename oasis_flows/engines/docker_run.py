@@ -45,13 +45,16 @@ class Container:
         return bool(self.state["Status"] == "created")
 
 
-def find_container(api: Any, job: ContainerJob, info: Mapping[str, Any]) -> Container | None:
+def find_container(api: Any, job: ContainerJob) -> Container | None:
     """The container that an earlier call for this run left behind and that can still tell its end; others are removed.
 
     What was ended by the engine's own end, or the machine's, is no answer, whatever its exit code.
     """
     found: Container | None = None
-    for row in list_containers(api, job.run_id):
+    rows = list_containers(api, job.run_id)
+    # Most runs find nothing, and the engine takes its time to tell about itself.
+    info: Mapping[str, Any] = api.info() if rows else {}
+    for row in rows:
         with contextlib.suppress(_not_found()):
             seen = api.inspect_container(row["Id"])
             state = seen["State"]

@@ -139,7 +139,7 @@ def _behind(root: Path, name: str) -> PurePosixPath | str:
 @contextmanager
 def opened(root: Path, name: str) -> Iterator[int]:
     """A descriptor of the regular file `name` (no link on the way), for the time of the block."""
-    with translated(str(root / name)):
+    with translated(f"{root}/{name}"):
         *folders, last = name.split("/")
         at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -169,20 +169,23 @@ def chunks_of(descriptor: int, where: str) -> Iterator[bytes]:
         yield chunk
 
 
-def _is_plainly_ours(descriptor: int) -> bool:
-    """Does the open file belong to this process's user and group, with no setuid, setgid or sticky bit?"""
-    facts = os.fstat(descriptor)
+def _is_plainly_ours(facts: os.stat_result) -> bool:
+    """Does a file belong to this process's user and group, with no setuid, setgid or sticky bit?"""
     special = facts.st_mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX)
     return (facts.st_uid, facts.st_gid, special) == (os.geteuid(), os.getegid(), 0)
 
 
-def _link(descriptor: int, path: Path) -> bool:
+def _link(descriptor: int, path: Path | str) -> bool:
     try:
-        # Python passes `follow_symlinks` on only where a descriptor is given, too.
-        os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
+        _try_to_link(descriptor, path)
     except OSError:
         return False
     return True
+
+
+def _try_to_link(descriptor: int, path: Path | str) -> None:
+    # Python passes `follow_symlinks` on only where a descriptor is given, too.
+    os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
 
 
 class Folder:
@@ -192,7 +195,7 @@ class Folder:
         self.root = Path(location.path).expanduser()
 
     def _where(self, name: str) -> str:
-        return str(self.root / name)
+        return f"{self.root}/{name}"
 
     def list(self, folder: str = "") -> Iterator[Entry]:
         """See `Files.list`.
@@ -266,16 +269,25 @@ class Folder:
         `False` where the kernel does not (another file system, for one), and for a file that is another user's or group's
         or has a special mode: it has to be copied.
         """
-        if not _is_plainly_ours(descriptor):
+        facts, where = os.fstat(descriptor), self._where(name)
+        if not _is_plainly_ours(facts):
             return False
-        with translated(self._where(name), writing=True):
-            path = self._room_for(name)
+        with translated(where, writing=True):
             try:
-                os.fchmod(descriptor, MODE)
-                path.unlink(missing_ok=True)
+                if stat.S_IMODE(facts.st_mode) != MODE:
+                    os.fchmod(descriptor, MODE)
+                # Nearly always the folder is there and the file is not.
+                _try_to_link(descriptor, where)
+            except (FileNotFoundError, FileExistsError):
+                path = self._room_for(name)
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError:
+                    return False
+                return _link(descriptor, path)
             except OSError:
                 return False
-            return _link(descriptor, path)
+        return True
 
     def _room_for(self, name: str) -> Path:
         path = self.root / name

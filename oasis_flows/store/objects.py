@@ -241,7 +241,7 @@ def _awkward(key: str) -> bool:
 @cache
 def _loader() -> Any:
     """botocore's descriptions of S3: reading them takes 0.15 s, and each session would do it anew."""
-    import botocore.session  # type: ignore[import-untyped]
+    import botocore.session
 
     return botocore.session.Session().get_component("data_loader")
 
@@ -249,7 +249,7 @@ def _loader() -> Any:
 def _client(location: Location, patience: Patience) -> Any:
     """botocore's client; it also finds endpoint, region and credentials where they are not given."""
     import botocore.session
-    from botocore.config import Config  # type: ignore[import-untyped]
+    from botocore.config import Config
 
     options = {key: value for key, value in location.options.items() if value}
     session = botocore.session.Session()

@@ -54,10 +54,13 @@ def publish(
     store.write(RECORD, [PROVISIONAL], len(PROVISIONAL), last=True)
     with _tidied(store):
         _abandon(store)
+        # In an object store the last requests of a process that died may still be on their way.
+        fresh = isinstance(store, Folder) and not _holds_data(store)
         found = walk(output) if commit else _carriable(output, skipped)
         with closing(in_order(_PublishOne(store, output, meter, strict=commit), found, tick=meter.tick)) as entries:
             summary = write_manifest(_counted(entries, meter, skipped), manifest)
-        store.delete(_left_over(store, manifest))
+        if not fresh:
+            store.delete(_left_over(store, manifest))
         _write_file(store, LOG, log)
         content = record(summary)
         store.write(RECORD, [content], len(content), last=True)
@@ -111,6 +114,13 @@ def _counted(entries: Iterable[Entry | UnsafeName], meter: Meter, skipped: Calla
             yield entry
 
 
+def _holds_data(store: Files) -> bool:
+    try:
+        return next(iter(store.list(DATA)), None) is not None
+    except Missing:
+        return False
+
+
 def _left_over(store: Files, manifest: Path) -> Iterator[str]:
     """What an earlier attempt published and this one did not."""
     try:
@@ -149,7 +159,7 @@ class _PublishOne:
         """Read the file once, for its hash and on its way."""
         name, reading = DATA + found.name, Reading(self.meter)
         with opened(self.output, found.real) as descriptor:
-            chunks = reading.through(chunks_of(descriptor, str(self.output / found.name)))
+            chunks = reading.through(chunks_of(descriptor, f"{self.output}/{found.name}"))
             if isinstance(self.store, Folder) and self.store.link(name, descriptor):
                 for _ in chunks:
                     pass
