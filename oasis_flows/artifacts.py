@@ -77,8 +77,8 @@ def show_shards(rows: Sequence[Mapping[str, Any]], all_rows: int) -> None:
 
 
 def show_waiting(text: str) -> None:
-    """Show what a batch waits for, or that it waits no longer."""
-    with harmless("What the batch waits for"):
+    """Show what a run or a batch waits for, or that it waits no longer."""
+    with harmless("What the run waits for"):
         create_markdown_artifact(text, key=WAITING, description=text.partition(":")[0])
 
 

@@ -44,7 +44,10 @@ def _engine(settings: Settings) -> Iterator[Finding]:
     try:
         facts = open_engine(settings).describe()
     except OasisError as error:
-        yield Finding("engine", "missing", str(error), "make demo installs one on Debian; or: apt-get install docker.io")
+        remedy = "make demo installs one on Debian; or: apt-get install docker.io"
+        if settings.engine == "kubernetes":
+            remedy = "kubectl apply -k deployments/kubernetes; and see docs/how-to/run-on-kubernetes.md"
+        yield Finding("engine", "missing", str(error), remedy)
         return
     yield Finding("engine", "ok", facts.name)
     if facts.not_enforced:
@@ -63,7 +66,16 @@ def _engine(settings: Settings) -> Iterator[Finding]:
             "gpu",
             "note",
             "none that the engine can hand out",
-            "install the NVIDIA driver and nvidia-container-toolkit to run gpu algorithms",
+            "install the device plugin of the nodes' GPUs to run gpu algorithms"
+            if settings.engine == "kubernetes"
+            else "install the NVIDIA driver and nvidia-container-toolkit to run gpu algorithms",
+        )
+    if settings.engine == "kubernetes" and settings.kubernetes.registry is None:
+        yield Finding(
+            "registry",
+            "note",
+            "none to push image files to",
+            "set OASIS_FLOWS_KUBERNETES_REGISTRY to run algorithms from image files",
         )
 
 

@@ -21,7 +21,10 @@
     │   ├── NoCapacity               no machine is large enough, however long one waits
     │   ├── UnsupportedByEngine      it cannot do what the description asks for
     │   │   └── NoGpu
+    │   ├── NoRoom *                 the cluster had no place in the time that one waits
     │   └── ContainerLost *          it vanished before its exit was known
+    │       ├── Evicted *                the cluster took it from its node
+    │       └── Preempted *              it had to make room for a more important one
     ├── ServerUnavailable *      the Prefect server did not answer
     ├── ServerDenied             the Prefect server refuses this process
     ├── MarketplaceUnavailable * what publishes prerequisites did not answer
@@ -197,6 +200,25 @@ class ContainerLost(EngineError):
     """The container vanished before its exit was known."""
 
     code = "lost"
+    transient = True
+
+
+class Evicted(ContainerLost):
+    """The cluster took the container from its node."""
+
+    code = "evicted"
+
+
+class Preempted(ContainerLost):
+    """The cluster ended the container to make room for a more important one."""
+
+    code = "preempted"
+
+
+class NoRoom(EngineError):
+    """The cluster found no place for the container in the time that it may wait."""
+
+    code = "no_room"
     transient = True
 
 

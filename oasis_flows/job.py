@@ -41,6 +41,7 @@ class Reason(StrEnum):
     LOG_TOO_LARGE = "log_too_large"
     DISK_FULL = "disk_full"
     PREREQUISITE_FAILED = "prerequisite_failed"
+    EVICTED = "evicted"
 
     @property
     def keeps_output(self) -> bool:

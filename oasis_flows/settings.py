@@ -1,6 +1,6 @@
 """What a machine decides, not a run: read from the environment, in one place.
 
-`OASIS_FLOWS_ENGINE`        which engine runs containers; the work pool sets it ("docker")
+`OASIS_FLOWS_ENGINE`        which engine runs containers, docker or kubernetes; the work pool sets it ("docker")
 `OASIS_FLOWS_DOCKER_HOST`   name of a `docker-host` document with the engine's address, instead of the usual sockets
 `OASIS_FLOWS_HOME`          folder of workspaces and of datasets published without a store ("~/.oasis-flows"); the engine
                             must see it under the same path
@@ -14,6 +14,20 @@
 `OASIS_FLOWS_HEADROOM`      the part of a machine's processors and memory that batches may fill (0.8)
 `OASIS_FLOWS_CAPACITY`      file with a snapshot of the machines that batches run on, in place of the engine's own answer
 `OASIS_FLOWS_KEEP_HOURS`    how long the workspace of a run that may be retried is kept (24)
+
+and for the engine kubernetes:
+
+`OASIS_FLOWS_KUBERNETES_CREDENTIALS`   name of a `kubernetes-credentials` document, in place of KUBECONFIG or the pod's cluster
+`OASIS_FLOWS_KUBERNETES_NAMESPACE`     where Jobs are made (that of the credentials)
+`OASIS_FLOWS_KUBERNETES_CLAIM`         the claim whose files are in `OASIS_FLOWS_HOME` ("oasis-flows-workspace")
+`OASIS_FLOWS_KUBERNETES_REGISTRY`      repository that image files are pushed to
+`OASIS_FLOWS_KUBERNETES_REGISTRY_CREDENTIALS`  name of a `docker-registry-credentials` document that may push there
+`OASIS_FLOWS_KUBERNETES_GPU`           how GPUs are asked for: resource, nodeSelector and tolerations, as YAML or a file's path
+`OASIS_FLOWS_KUBERNETES_EPHEMERAL_STORAGE`  what a container may write on its node's disk, its log included ("1GiB")
+`OASIS_FLOWS_KUBERNETES_PENDING`       seconds that an algorithm may wait for its start (3600)
+`OASIS_FLOWS_KUBERNETES_GROWS`         "true" where nodes are made when they are needed: then no algorithm is too large
+
+A pod tells by `OASIS_FLOWS_POD_NAME`, `OASIS_FLOWS_POD_UID` and `OASIS_FLOWS_NODE_NAME` which one it is, and where.
 """
 
 from __future__ import annotations
@@ -28,6 +42,24 @@ from typing import Any
 import yaml
 
 from .errors import DescriptionError
+from .job import parse_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KubernetesSettings:
+    """What the Kubernetes engine has to know. `namespace` is empty where the access to the cluster says it."""
+
+    credentials: str | None = None
+    namespace: str = ""
+    claim: str = "oasis-flows-workspace"
+    registry: str | None = None
+    registry_credentials: str | None = None
+    gpu: Mapping[str, Any] = field(default_factory=dict)
+    ephemeral_bytes: int = 1 << 30
+    pending_seconds: float = 3600
+    grows: bool = False
+    pod: tuple[str, str] | None = None
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +79,7 @@ class Settings:
     storages: Mapping[str, Any] = field(default_factory=dict)
     hold_seconds: float = 3600
     trusted_stations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
 
     @property
     def workspaces(self) -> Path:
@@ -100,10 +133,45 @@ def current() -> Settings:
         hold_seconds=_seconds("OASIS_FLOWS_MAX_HOLD", "3600"),
         headroom=_part("OASIS_FLOWS_HEADROOM", "0.8"),
         capacity=Path(env("OASIS_FLOWS_CAPACITY") or "").expanduser() if env("OASIS_FLOWS_CAPACITY") else None,
+        kubernetes=_kubernetes(),
     )
 
 
-def _written(name: str) -> object:
+def _kubernetes() -> KubernetesSettings:
+    env = os.environ.get
+    name, uid = env("OASIS_FLOWS_POD_NAME"), env("OASIS_FLOWS_POD_UID")
+    return KubernetesSettings(
+        credentials=env("OASIS_FLOWS_KUBERNETES_CREDENTIALS") or None,
+        namespace=env("OASIS_FLOWS_KUBERNETES_NAMESPACE") or "",
+        claim=env("OASIS_FLOWS_KUBERNETES_CLAIM") or "oasis-flows-workspace",
+        registry=env("OASIS_FLOWS_KUBERNETES_REGISTRY") or None,
+        registry_credentials=env("OASIS_FLOWS_KUBERNETES_REGISTRY_CREDENTIALS") or None,
+        gpu=_gpu("OASIS_FLOWS_KUBERNETES_GPU"),
+        ephemeral_bytes=parse_bytes(env("OASIS_FLOWS_KUBERNETES_EPHEMERAL_STORAGE") or "1GiB"),
+        pending_seconds=_seconds("OASIS_FLOWS_KUBERNETES_PENDING", "3600"),
+        grows=(env("OASIS_FLOWS_KUBERNETES_GROWS") or "").lower() in ("true", "1", "yes"),
+        pod=(name, uid) if name and uid else None,
+        node=env("OASIS_FLOWS_NODE_NAME") or "",
+    )
+
+
+def _gpu(name: str) -> Mapping[str, Any]:
+    found = _written(name)
+    kinds = {"resource": str, "nodeSelector": dict, "tolerations": list}
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or any(
+        key not in kinds or not isinstance(value, kinds[key]) for key, value in found.items()
+    ):
+        raise DescriptionError(
+            f"The setting {name} makes no sense. Write what pods with GPUs need, such as "
+            '{"resource": "nvidia.com/gpu", "nodeSelector": {"gpu": "a100"}, "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}]}.'
+        )
+    return found
+
+
+def _written(name: str) -> Any:
+    """What a setting holds that is YAML or JSON itself, or the path of a file with it."""
     text = (os.environ.get(name) or "").strip()
     try:
         return yaml.safe_load(text if not text or "{" in text or "\n" in text else Path(text).expanduser().read_text())

@@ -25,13 +25,13 @@ from prefect.logging.loggers import PrefectLogAdapter
 from prefect.tasks import Task, exponential_backoff
 
 from . import caches, callbacks, documents, log, progress, saving, store
-from .artifacts import TransferBar
+from .artifacts import TransferBar, show_waiting
 from .blocks import Dataset
 from .callbacks import Notes
 from .engines import Engine
 from .errors import OasisError, ServerUnavailable, UnsafeName
 from .job import ContainerExit, ContainerJob, Mount, Reason, counted, human_bytes, parse_bytes
-from .machine import open_engine
+from .machine import open_engine, telling
 from .manifest import Summary
 from .plan import Plan, container_job, preparing_job
 from .prerequisites import Step
@@ -210,7 +210,7 @@ def _run(plan: Plan, workspace: Workspace, engine: Engine, job: ContainerJob) ->
     show = cast(PrefectLogAdapter, get_run_logger()).getChild(log.VIEW_LOGGER).info
     secrets = tuple(plan.secrets.values())
     try:
-        with log.record(workspace.log, show, secrets) as sink:
+        with log.record(workspace.log, show, secrets) as sink, telling(show_waiting):
             exit = engine.run(job, sink)
     except OasisError as error:
         error.args = tuple(log.redact(str(part), secrets) for part in error.args)

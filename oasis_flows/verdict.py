@@ -225,6 +225,10 @@ def _meaning(exit: ContainerExit, symptom: Symptom | None) -> tuple[str, Blame |
             return code, Blame.POLICY, what, advice
         case Reason.PREREQUISITE_FAILED:
             return code, Blame.DESCRIPTION, f"was failed by a prerequisite {seconds}", _MEND
+        case Reason.EVICTED:
+            what = f"was evicted by the cluster {seconds}, because it wrote more beside its output than its pod may"
+            advice = "Let it write to its output only, or raise OASIS_FLOWS_KUBERNETES_EPHEMERAL_STORAGE or `tmp_size`."
+            return code, Blame.POLICY, what, advice
         case Reason.DISK_FULL:
             what = f"was stopped {seconds}, because less than {_limit(exit, human_bytes)} was free on the disk of its output"
             advice = f"Free space there, or set OASIS_FLOWS_HOME to a folder with room. {_NOT_KEPT}"

@@ -2,7 +2,14 @@
 
 from hypothesis import settings
 
-pytest_plugins = ["tests.servers.prefect", "tests.servers.engine", "tests.servers.registry", "tests.servers.s3", "tests.images"]
+pytest_plugins = [
+    "tests.servers.prefect",
+    "tests.servers.engine",
+    "tests.servers.registry",
+    "tests.servers.s3",
+    "tests.images",
+    "tests.servers.cluster",
+]
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("patient", deadline=None)

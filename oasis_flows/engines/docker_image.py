@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,14 +12,12 @@ from ..errors import (
     EngineError,
     ImageNotFound,
     InvalidImageFile,
-    StoreDenied,
-    StoreFull,
-    StoreUnavailable,
     UnsupportedByEngine,
 )
 from ..job import RegistryLogin
 from .docker_errors import pull_error, words_of
 from .image_archive import ImageArchive, docker_stream, read_archive
+from .image_file import find_file, fingerprint, label_of, opened
 
 # Loaded images are kept under this name and a fingerprint of the file: it says what they are in `docker images`, keeps
 # `docker image prune` from taking them between preparation and run, and says next time that there is nothing to load.
@@ -34,7 +26,6 @@ LOADED = "oasis-flows/image-file"
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386", "i386": "386"}
 _ID = re.compile(r"(sha256:)?[0-9a-f]{64}")
 _HUB = {"", "docker.io", "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"}
-_VERSIONS = ("ETag", "etag", "mtime", "ino", "created", "LastModified", "last_modified", "updated", "md5Hash", "generation")
 # A large layer is unpacked before the engine says the next word.
 _LOAD_TIMEOUT = 1800
 
@@ -145,12 +136,12 @@ def load(api: Any, location: str, options: dict[str, Any], spool: Path, info: Ma
     A file is not read at all when its size and version (time and inode, or ETag) are those of one loaded before and the
     engine still has that image; otherwise it is read, and loaded only if the engine lacks the image.
     """
-    label = f"The image file {re.sub(r'//[^/@]*@', '//', location)}"
-    filesystem, path = _find(location, options, label)
-    tag = _fingerprint(filesystem, path, label)
+    label = label_of(location)
+    filesystem, path = find_file(location, options, label)
+    tag = fingerprint(filesystem, path, label)
     if tag and (known := _inspect(api, f"{LOADED}:{tag}")):
         return str(known["Id"])
-    with _opened(filesystem, path, spool, label) as file:
+    with opened(filesystem, path, spool, label) as file:
         archive = read_archive(file, label)
         check_platform(info, archive.os, archive.architecture, InvalidImageFile, label)
         present = _inspect(api, archive.id)
@@ -158,64 +149,6 @@ def load(api: Any, location: str, options: dict[str, Any], spool: Path, info: Ma
     if tag:
         api.tag(image_id, LOADED, tag)
     return image_id
-
-
-def _find(location: str, options: dict[str, Any], label: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
-
-    try:
-        filesystem, path = url_to_fs(location, **options)
-    except (ValueError, ImportError) as error:
-        raise InvalidImageFile(f"{label} has an address that nothing here can read. The cause: {error}") from error
-    return filesystem, str(path)
-
-
-def _fingerprint(filesystem: Any, path: str, label: str) -> str:
-    """A tag for this version of the file; empty when its store does not say when it changed."""
-    with _reading(label):
-        info = filesystem.info(path)
-    if info.get("type") == "directory":
-        raise InvalidImageFile(f"{label} is a folder. Give the archive: `docker save NAME:TAG -o FILE`.")
-    version = {key: str(info[key]) for key in _VERSIONS if info.get(key) is not None}
-    if not version:
-        return ""
-    said = repr((type(filesystem).__name__, path, info.get("size"), sorted(version.items())))
-    return hashlib.sha256(said.encode("utf-8", "surrogateescape")).hexdigest()[:40]
-
-
-@contextmanager
-def _opened(filesystem: Any, path: str, spool: Path, label: str) -> Iterator[IO[bytes]]:
-    from fsspec.implementations.local import LocalFileSystem
-
-    with contextlib.ExitStack() as stack:
-        if isinstance(filesystem, LocalFileSystem):
-            with _reading(label):
-                local = stack.enter_context(Path(path).open("rb"))
-            yield local
-            return
-        spool.mkdir(parents=True, exist_ok=True)
-        # It has no name, so it is gone with the process, however that ends.
-        spooled = stack.enter_context(tempfile.TemporaryFile(dir=spool))
-        with _reading(label), filesystem.open(path, "rb") as remote:
-            shutil.copyfileobj(remote, spooled, 1 << 20)
-        yield spooled
-
-
-@contextmanager
-def _reading(label: str) -> Iterator[None]:
-    """Translate what a file system says; every fsspec implementation has exceptions of its own."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise InvalidImageFile(f"{label} does not exist. Check the path; the worker must be able to see it.") from error
-    except PermissionError as error:
-        raise StoreDenied(f"{label} may not be read. Check the rights or the credentials. The cause: {error}") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFull(f"{label} does not fit into the spool folder. Free some space there. The cause: {error}") from error
-        raise StoreUnavailable(f"{label} could not be read. Try again later. The cause: {error}") from error
-    except Exception as error:
-        raise StoreUnavailable(f"{label} could not be read. Try again later. The cause: {error!r}") from error
 
 
 def _load(api: Any, file: IO[bytes], archive: ImageArchive, label: str) -> str:

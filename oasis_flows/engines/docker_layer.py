@@ -26,8 +26,9 @@ from ..lineage import Content
 from . import docker_spec as spec
 from .docker_errors import push_error, words_of
 from .docker_image import _inspect, _load_error, check_login
-from .docker_run import remove_container, shielded
+from .docker_run import remove_container
 from .image_archive import Extension, docker_stream, read_archive
+from .shield import shielded
 
 Change = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from .. import lease
 from ..errors import ContainerLost, DescriptionError, EngineError, EngineUnavailable, ImageNotFound, NoGpu, UnsupportedByEngine
@@ -20,13 +19,13 @@ from .docker_output import Delivery, Pump
 from .docker_usage import UsageWatch
 from .docker_verdict import Evidence, container_exit, parse_time
 from .quota import Passed, Watch
+from .shield import shielded
 from .usage import Usage
 
 if TYPE_CHECKING:
     from docker.errors import APIError
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 # A process in an uninterruptible sleep outlives SIGKILL; somebody has to say so in the end.
 _SECONDS_TO_DIE = 60.0
@@ -44,31 +43,6 @@ class Container:
     def fresh(self) -> bool:
         """Was it made by this call?"""
         return bool(self.state["Status"] == "created")
-
-
-def shielded(action: Callable[[], T]) -> T:
-    """Do `action` to its end even if signals raise exceptions here meanwhile; raise the first of them afterwards."""
-    results: list[T] = []
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            results.append(action())
-        except BaseException as error:  # noqa: BLE001 - carried over to the caller's thread
-            failures.append(error)
-
-    thread = threading.Thread(target=work, name="oasis-shielded")
-    interruption: BaseException | None = None
-    while not (results or failures):
-        try:
-            if thread.ident is None:
-                thread.start()
-            thread.join()
-        except BaseException as error:  # noqa: BLE001 - raised below, once the action is done
-            interruption = interruption or error
-    if interruption or failures:
-        raise interruption or failures[0]
-    return results[0]
 
 
 def find_container(api: Any, job: ContainerJob) -> Container | None:

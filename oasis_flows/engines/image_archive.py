@@ -155,16 +155,23 @@ def docker_stream(file: IO[bytes], image: ImageArchive, label: str, extension: E
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
-def read_layers(file: IO[bytes], image: ImageArchive, label: str) -> Iterator[tuple[str, IO[bytes]]]:
-    """Each layer of the image by its name in the archive, with its bytes before any compression, to be read at once."""
+def layer_bodies(file: IO[bytes], image: ImageArchive, label: str) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """Name, size and content of each layer, each once, in the order of the archive; to be read before the next is taken."""
+    wanted = set(image.layers)
     with _readable(label):
         for tar, member in _members(file):
             name = posixpath.normpath(member.name)
-            body = tar.extractfile(member) if member.isreg() and name in image.layers else None
-            if body is not None:
-                packed = body.read(2) == b"\x1f\x8b"
-                body.seek(0)
-                yield name, cast(IO[bytes], gzip.GzipFile(fileobj=body)) if packed else body
+            if member.isreg() and name in wanted and (body := tar.extractfile(member)):
+                wanted.discard(name)
+                yield name, member.size, body
+
+
+def read_layers(file: IO[bytes], image: ImageArchive, label: str) -> Iterator[tuple[str, IO[bytes]]]:
+    """Each layer of the image by its name in the archive, with its bytes before any compression, to be read at once."""
+    for name, _, body in layer_bodies(file, image, label):
+        packed = body.read(2) == b"\x1f\x8b"
+        body.seek(0)
+        yield name, cast(IO[bytes], gzip.GzipFile(fileobj=body)) if packed else body
 
 
 def _header(name: str, size: int) -> bytes:

@@ -1,0 +1,286 @@
+"""A pod's log on its way to a sink: every byte once, in the order in which kubelet has them.
+
+Kubelet turns a log file over at 10 MiB, and keeps only the newest for who comes late: so the log is followed live, by a thread
+that waits for nobody; what the sink cannot take at once lies in a file without a name. Each line bears its time. After a broken
+connection that is where to go on: kubelet repeats whole seconds, and what of them was delivered is passed over.
+
+Kubelet tells stdout and stderr apart in no stream, and turns "\\r\\n" into "\\n".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import IO, Any
+
+from ..errors import EngineUnavailable
+from .docker_output import Delivery
+from .kube_api import KubeApi, Refused
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1 << 18
+_HEAD_BYTES = 1024
+_IN_MEMORY = 16 << 20
+_STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d) ")
+_LONGEST_STAMP = 40
+_WHOLE_LINE = 1 << 62
+
+
+class Stamped:
+    """Takes timestamps off a log, and passes over what was delivered before the connection broke.
+
+    What does not begin with a time is kubelet's own word, such as that the log of an evicted pod cannot be had; `foreign` is
+    how that began.
+    """
+
+    def __init__(self) -> None:
+        self.foreign = b""
+        self._buffer, self._in_line = b"", False
+        # The times of all lines since the beginning of the second before the last one, and how much of the last is delivered.
+        self._second, self._zone, self._stamps = b"", b"Z", deque[bytes]()
+        self._last_bytes, self._in_last = 0, False
+        self._known: Counter[bytes] = Counter()
+        self._skip = 0
+
+    @property
+    def since(self) -> str | None:
+        """From where to ask again, a second before that of the last line."""
+        if not self._second:
+            return None
+        last = datetime.fromisoformat((self._second + self._zone).decode())
+        return (last.astimezone(UTC) - timedelta(seconds=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def resume(self) -> None:
+        """From now on the log comes again, from `since` on."""
+        self._known = Counter(self._stamps)
+        self._buffer, self._in_line, self._skip = b"", False, 0
+
+    def feed(self, data: bytes) -> bytes:
+        """What of the log is new in these bytes."""
+        self._buffer += data
+        at, buffer = 0, self._buffer
+        fresh: list[bytes] = []
+        while at < len(buffer):
+            if not self._in_line:
+                found = _STAMP.match(buffer, at)
+                if found is None:
+                    end = buffer.find(b"\n", at)
+                    if end < 0 and len(buffer) - at < _LONGEST_STAMP:
+                        break
+                    stop = len(buffer) if end < 0 else end + 1
+                    self.foreign = (self.foreign + buffer[at:stop])[:_HEAD_BYTES]
+                    at = stop
+                    continue
+                at = found.end()
+                self._begin(found)
+            end = buffer.find(b"\n", at)
+            stop = len(buffer) if end < 0 else end + 1
+            self._in_line = end < 0
+            if self._skip >= stop - at:
+                self._skip -= stop - at
+            else:
+                fresh.append(buffer[at + self._skip : stop])
+                self._skip = 0
+                if self._in_last:
+                    self._last_bytes += len(fresh[-1])
+            at = stop
+        self._buffer = buffer[at:]
+        return b"".join(fresh)
+
+    def close(self) -> None:
+        """The stream has ended: what is left without a time is no log."""
+        self.foreign = (self.foreign + self._buffer)[:_HEAD_BYTES]
+        self._buffer = b""
+
+    def _begin(self, found: re.Match[bytes]) -> None:
+        stamp, second, self._zone = found[0], found[1], found[2]
+        if self._known.get(stamp):
+            self._known[stamp] -= 1
+            # The last line may have been delivered in part; every other one was, to its end.
+            self._in_last = stamp == self._stamps[-1] and not self._known[stamp]
+            self._skip = self._last_bytes if self._in_last else _WHOLE_LINE
+            return
+        if second > self._second:
+            # Two streams may be a little out of order, so what came in the second before is remembered, too.
+            while self._stamps and self._stamps[0][:19] < self._second:
+                self._stamps.popleft()
+            self._second = second
+        self._stamps.append(stamp)
+        self._skip, self._last_bytes, self._in_last = 0, 0, True
+
+
+class Spool:
+    """Bytes between one who must not wait and one who may: the first 16 MiB in memory, more in a file. Order is kept."""
+
+    def __init__(self) -> None:
+        self._ready = threading.Condition()
+        self._chunks: deque[bytes] = deque()
+        self._held, self._closed = 0, False
+        self._file: IO[bytes] | None = None
+        self._read, self._written = 0, 0
+
+    def put(self, data: bytes) -> None:
+        """Take bytes at once."""
+        with self._ready:
+            if self._file is not None or self._held + len(data) > _IN_MEMORY:
+                self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 - closed when it is read out
+                self._file.seek(self._written)
+                self._file.write(data)
+                self._written += len(data)
+            else:
+                self._chunks.append(data)
+                self._held += len(data)
+            self._ready.notify()
+
+    def close(self) -> None:
+        """There will be no more."""
+        with self._ready:
+            self._closed = True
+            self._ready.notify()
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The bytes, as they come, until it is closed."""
+        while True:
+            with self._ready:
+                self._ready.wait_for(lambda: self._chunks or self._file is not None or self._closed)
+                if self._chunks:
+                    data = self._chunks.popleft()
+                    self._held -= len(data)
+                elif self._file is not None:
+                    self._file.seek(self._read)
+                    data = self._file.read(_CHUNK)
+                    self._read += len(data)
+                    if self._read == self._written:
+                        self._file.close()
+                        self._file, self._read, self._written = None, 0, 0
+                else:
+                    return
+            yield data
+
+
+class LogFollower:
+    """Follows one container's log, from its start to its end. `head` is how it began.
+
+    `failure` is what the sink raised; `lost` says in words what kept the log from being read to its end.
+    """
+
+    def __init__(self, api: KubeApi, path: str, container: str, delivery: Delivery, patience_seconds: float) -> None:
+        self._api, self._path, self._container = api, path, container
+        self._delivery, self._patience = delivery, patience_seconds
+        self._spool, self._stamped = Spool(), Stamped()
+        self._over = threading.Event()
+        self._response: Any = None
+        self._touched = time.monotonic()
+        self.head, self.lost = b"", ""
+        self.failure: BaseException | None = None
+        self.failed = threading.Event()
+        self._reader = threading.Thread(target=self._read, name="oasis-log-read", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="oasis-log-write", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._reader.start()
+        self._writer.start()
+
+    def ended(self, seconds: float) -> None:
+        """The container has ended: take the rest, for so many seconds after the last byte at most, and return."""
+        self._over.set()
+        while self._reader.is_alive():
+            self._reader.join(0.2)
+            if time.monotonic() - self._touched > seconds and self._reader.is_alive():
+                self.lost = self.lost or "the rest of its log did not come"
+                self.cut()
+                self._reader.join(2.0)
+                break
+        self._writer.join()
+
+    def cut(self) -> None:
+        """Read no more of it."""
+        self._over.set()
+        self._patience = 0.0
+        self._spool.close()
+        response = self._response
+        if response is not None:
+            with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
+                response.shutdown()
+
+    def _write(self) -> None:
+        try:
+            for data in self._spool:
+                self._delivery.deliver("stdout", data)
+        except BaseException as error:  # noqa: BLE001 - a sink's exception belongs to who called `run`
+            self.failure = error
+            self.failed.set()
+
+    def _read(self) -> None:
+        try:
+            self._follow()
+        except Exception as error:  # noqa: BLE001 - told with the exit
+            self.lost = f"its log could not be read to the end: {error}"
+        finally:
+            self._spool.close()
+
+    def _follow(self) -> None:
+        until = time.monotonic() + self._patience
+        while True:
+            ended_before = self._over.is_set()
+            try:
+                whole = self._read_once()
+            except Refused as error:
+                if error.status == 404 or (error.status == 400 and ended_before):
+                    # The pod is gone, or never had a container: there is no log any more.
+                    self.lost = "" if error.status == 400 else f"its log is gone: {error.words}"
+                    return
+                whole = False
+            except EngineUnavailable as error:
+                whole = False
+                if time.monotonic() > until:
+                    self.lost = f"its log could not be read to the end: {error}"
+                    return
+            else:
+                until = time.monotonic() + self._patience
+                # A log that is followed ends a little before the container is seen to end.
+                if whole and self._over.wait(5.0):
+                    return
+            if self.failed.is_set():
+                return
+            if self._over.is_set() and time.monotonic() - self._touched > self._patience:
+                self.lost = self.lost or "its log could not be read to the end"
+                return
+            self._over.wait(1.0) if not self._over.is_set() else time.sleep(1.0)
+
+    def _read_once(self) -> bool:
+        """Read until the stream ends; False if it broke."""
+        import urllib3
+
+        query = {"container": self._container, "follow": "true", "timestamps": "true"}
+        if since := self._stamped.since:
+            query["sinceTime"] = since
+        self._stamped.resume()
+        with self._api.stream(self._path, query) as response:
+            self._response = response
+            try:
+                while data := response.read1(_CHUNK):
+                    self._touched = time.monotonic()
+                    if fresh := self._stamped.feed(data):
+                        self._keep(fresh)
+            except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
+                logger.debug("The log %s broke off: %s", self._path, error)
+                return False
+            finally:
+                self._response = None
+        self._stamped.close()
+        return True
+
+    def _keep(self, data: bytes) -> None:
+        if len(self.head) < _HEAD_BYTES:
+            self.head += data[: _HEAD_BYTES - len(self.head)]
+        self._spool.put(data)

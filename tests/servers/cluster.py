@@ -1,0 +1,99 @@
+"""A real cluster for tests: the one that `KUBECONFIG` names, whose node sees this machine's folders, such as one on this machine.
+
+Each session has a namespace of its own there, with a claim on the folder of its temporary files.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import pytest
+
+from oasis_flows.engines import kube_image, pod as spec
+from oasis_flows.engines.kube_access import find_access
+from oasis_flows.engines.kube_api import KubeApi, Refused
+from oasis_flows.engines.kubernetes import KubernetesEngine
+from oasis_flows.job import ImageSource
+from tests.images import TinyImage, busybox_layer, docker_archive, layer
+from tests.servers.registry import Registry
+
+# A suite that is run on no cluster has no tests of it, rather than tests that are passed over.
+HERE = ("kubernetes",) if os.environ.get("KUBECONFIG") else ()
+CLAIM = "oasis-test"
+
+
+@dataclass(frozen=True)
+class TestCluster:
+    """The engine, the API, and what tests run in it."""
+
+    __test__ = False
+
+    engine: KubernetesEngine
+    api: KubeApi
+    namespace: str
+    image: str
+
+    def left(self) -> list[str]:
+        """Names of the Jobs, pods and Secrets that are there."""
+        found = []
+        for path in (f"/apis/batch/v1/namespaces/{self.namespace}/jobs", *(self.core(kind) for kind in ("pods", "secrets"))):
+            items = self.api.call("GET", path, query={"labelSelector": spec.SELECTOR})["items"]
+            found += [f"{path.rpartition('/')[2]}/{item['metadata']['name']}" for item in items]
+        return found
+
+    def core(self, kind: str) -> str:
+        """The path of the namespace's objects of a kind."""
+        return f"/api/v1/namespaces/{self.namespace}/{kind}"
+
+
+@pytest.fixture(scope="session")
+def cluster(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
+    """The cluster of `KUBECONFIG`; fails where none answers."""
+    home = tmp_path_factory.getbasetemp()
+    api = KubeApi(find_access())
+    namespace = f"oasis-test-{uuid.uuid4().hex[:8]}"
+    volume = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {"name": namespace},
+        "spec": {
+            "capacity": {"storage": "1Gi"},
+            "accessModes": ["ReadWriteMany"],
+            "hostPath": {"path": str(home)},
+            "storageClassName": "",
+            "persistentVolumeReclaimPolicy": "Retain",
+            "claimRef": {"namespace": namespace, "name": CLAIM},
+        },
+    }
+    claim = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": CLAIM, "namespace": namespace},
+        "spec": {
+            "accessModes": ["ReadWriteMany"],
+            "storageClassName": "",
+            "volumeName": namespace,
+            "resources": {"requests": {"storage": "1Gi"}},
+        },
+    }
+    api.call("POST", "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+    try:
+        api.call("POST", "/api/v1/persistentvolumes", volume)
+        api.call("POST", f"/api/v1/namespaces/{namespace}/persistentvolumeclaims", claim)
+        place = spec.Place(namespace=namespace, claim=CLAIM, home=home, pending_seconds=120)
+        repository = kube_image.Repository.parse(f"http://{registry.address}/algorithms")
+        engine = KubernetesEngine(place, images=repository, patience_seconds=60)
+        strange = {
+            "opt/noexec": (0o644, b"#!/bin/sh\n"),
+            "opt/elsewhere": (0o755, b"\x7fELF\x02\x01\x01\0garbage of another architecture\n"),
+        }
+        archive = docker_archive(home / "busybox.tar", TinyImage(layers=(busybox_layer(), layer(strange))))
+        yield TestCluster(engine, api, namespace, engine.prepare(ImageSource(image_file=str(archive))))
+    finally:
+        for path in (f"/api/v1/namespaces/{namespace}", f"/api/v1/persistentvolumes/{namespace}"):
+            with suppress(Refused):
+                api.call("DELETE", path, {"propagationPolicy": "Background"})

@@ -1,0 +1,95 @@
+"""The log of a pod, whatever its connection does to it: every byte once."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings, strategies as st
+
+from oasis_flows.engines.kube_log import Spool, Stamped
+
+
+def stamp(nanoseconds: int, zone: str = "Z") -> bytes:
+    seconds, fraction = divmod(nanoseconds, 10**9)
+    return f"2026-11-21T10:{seconds // 60:02}:{seconds % 60:02}.{fraction:09}{zone} ".encode()
+
+
+lines = st.lists(
+    st.tuples(
+        st.sampled_from([0, 0, 1, 10**6, 7 * 10**8, 10**9, 3 * 10**9]),
+        st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")),
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+@settings(deadline=None)
+@given(lines, st.booleans(), st.sampled_from(["Z", "+05:30", "-08:00"]), st.data())
+def test_every_byte_comes_once_wherever_the_way_breaks(told, newline, zone, data):
+    moment, entries = 0, list[tuple[int, bytes]]()
+    for number, (after, content) in enumerate(told):
+        moment += after
+        ending = b"\n" if newline or number < len(told) - 1 else b""
+        entries.append((moment, content + ending))
+    whole = b"".join(content for _, content in entries)
+    log, taken = Stamped(), b""
+    for _ in range(data.draw(st.integers(0, 4))):
+        log.resume()
+        sent = sent_since(entries, log.since, zone)
+        cut = sent[: data.draw(st.integers(0, len(sent)))]
+        step = data.draw(st.integers(1, 40))
+        for at in range(0, len(cut), step):
+            taken += log.feed(cut[at : at + step])
+    log.resume()
+    taken += log.feed(sent_since(entries, log.since, zone))
+    log.close()
+
+    assert taken == whole
+    assert log.foreign == b""
+
+
+def sent_since(entries: list[tuple[int, bytes]], since: str | None, zone: str) -> bytes:
+    """What kubelet answers: it leaves out what is before the second that it was asked for."""
+    from datetime import datetime
+
+    def is_wanted(moment: int) -> bool:
+        if since is None:
+            return True
+        return datetime.fromisoformat(stamp(moment, zone)[:19].decode() + zone) >= datetime.fromisoformat(since)
+
+    return b"".join(stamp(moment, zone) + content for moment, content in entries if is_wanted(moment))
+
+
+def test_what_is_no_line_of_a_container_is_not_taken_for_one():
+    log = Stamped()
+
+    assert log.feed(b"unable to retrieve container logs for containerd://3ac01057c739") == b""
+    log.close()
+    assert log.foreign.startswith(b"unable to retrieve")
+
+
+def test_lines_a_little_out_of_order_are_not_lost():
+    log = Stamped()
+    first, second, third = stamp(2 * 10**9) + b"a\n", stamp(19 * 10**8) + b"b\n", stamp(21 * 10**8) + b"c\n"
+    assert log.feed(first) == b"a\n"
+    log.resume()
+
+    assert log.feed(first + second + third) == b"b\nc\n"
+
+
+@given(st.lists(st.binary(min_size=1, max_size=50)))
+def test_a_spool_keeps_the_order(pieces):
+    spool = Spool()
+    for piece in pieces:
+        spool.put(piece)
+    spool.close()
+
+    assert b"".join(spool) == b"".join(pieces)
+
+
+def test_a_spool_takes_more_than_it_keeps_in_memory():
+    spool, piece = Spool(), bytes(range(256)) * 4096
+    for number in range(40):
+        spool.put(bytes([number]) + piece)
+    spool.close()
+
+    assert b"".join(spool) == b"".join(bytes([number]) + piece for number in range(40))
