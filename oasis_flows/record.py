@@ -152,7 +152,7 @@ def page(account: Account, verdict: Verdict) -> str:
     if account.exit is not None and account.plan is not None:
         parts += [*_usage(account.exit, account.plan.algorithm.cpus)]
         parts += ["### The log's last lines", _fenced(account.tail) or SILENT]
-    if seen := [line for line in verdict.evidence if line not in account.tail and line != SILENT]:
+    if seen := [line for line in verdict.evidence if line not in account.tail and (account.tail or line != SILENT)]:
         parts += ["### What was seen", _fenced(seen)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
