@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Iterator
 
 from .dataset import DATA, LOG, MANIFEST, RECORD, Published, published, read_manifest, read_record, scan
+from .folder import Folder
 from .listing import Listing, changes, read_slice, save_listing, write_listing
 from .merging import begin, commit, merge
 from .notes import Notes
@@ -60,6 +61,9 @@ def check_writable(location: Location) -> None:
         StoreFull, StoreUnavailable: it has no room, or does not answer.
     """
     store, name = files(location), f".oasis-flows-write-test-{secrets.token_hex(8)}"
+    if isinstance(store, Folder):
+        store.check_writable()
+        return
     store.write(name, [b"May this be written?\n"], 21)
     store.delete([name])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -228,6 +229,15 @@ class Folder:
                     "once nobody writes there."
                 )
             yield file
+
+    def check_writable(self) -> None:
+        """See `store.check_writable`. The file that is tried has no name: whoever is killed here leaves nothing."""
+        with translated(str(self.root), writing=True):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as file:
+                file.write(b"May this be written?\n")
+                file.flush()
+                os.fsync(file.fileno())
 
     def link_to(self, path: Path, name: str, *, etag: str | None = None) -> bool:
         """Give the file `name` a second name, `path`; `False` where the kernel does not (another file system, for one).

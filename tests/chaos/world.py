@@ -201,7 +201,8 @@ def _deploy(folder: Path, api: prefect.PrefectServer) -> None:
     api.run("prefect", "--no-prompt", *pool)
     api.run("prefect", "--no-prompt", "deploy", "--all")
     shipped = yaml.safe_load((prefect.ROOT / "deployments/silent-runs.yaml").read_text())
-    shipped["automations"][1]["trigger"]["within"] = PENDING_SECONDS
+    for waiting in shipped["automations"][1:]:
+        waiting["trigger"]["within"] = PENDING_SECONDS
     (folder / "automations.yaml").write_text(yaml.safe_dump(shipped))
     api.run("prefect", "--no-prompt", "automation", "create", "--from-file", str(folder / "automations.yaml"))
 

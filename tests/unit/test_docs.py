@@ -265,11 +265,12 @@ def test_every_document_shown_is_valid(page, tmp_path):
 
 def test_the_shipped_automations_are_valid_and_fit_the_heartbeat():
     shipped = yaml.safe_load((ROOT / "deployments/silent-runs.yaml").read_text())["automations"]
-    automation, pending = (AutomationCore.model_validate(each) for each in shipped)
+    automation, pending, cancelling = (AutomationCore.model_validate(each) for each in shipped)
     heartbeat = json.loads((ROOT / "deployments/work-pools/gpu-process.json").read_text())["variables"]["properties"]["env"]
 
     assert isinstance(automation.trigger, EventTrigger)
     assert isinstance(pending.trigger, EventTrigger)
+    assert isinstance(cancelling.trigger, EventTrigger)
     assert automation.trigger.within.total_seconds() >= 2 * int(heartbeat["default"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
 
 
