@@ -13,9 +13,11 @@ from oasis_flows.engines.docker import DockerEngine
 from oasis_flows.errors import DescriptionError
 from oasis_flows.job import ContainerExit, ContainerJob, Reason, Resources
 from tests.contract import test_docker_engine, test_engine
-from tests.contract.test_engine import Log, Program
+from tests.contract.test_engine import Log, Program, apart, patience
 from tests.images import shell_image
 from tests.servers.podman import podman_service
+
+__all__ = ["apart", "patience"]
 
 MIB = 1 << 20
 Make = Callable[..., ContainerJob]
