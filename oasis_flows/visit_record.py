@@ -174,7 +174,7 @@ def keep(
     if successor is not None:
         texts = {
             CHAIN: lineage.written(chain),
-            IMAGE: json.dumps({"config": dict(successor.config), "layers": list(successor.layers)}, indent=2),
+            IMAGE: json.dumps(asdict(successor), indent=2),
             **({SUMMARY: summary} if summary is not None else {}),
             **texts,
         }
@@ -197,7 +197,8 @@ def verify_folder(folder: Path, trusted: Mapping[str, Sequence[str]]) -> tuple[F
         texts = {name: (folder / name).read_bytes() for name in (CHAIN, IMAGE, CHANGES)}
         summary = (folder / SUMMARY).read_bytes() if (folder / SUMMARY).exists() else None
         image = json.loads(texts[IMAGE])
-        content = Content(image["config"], tuple(image["layers"]))
+        history = tuple((command, comment) for command, comment in image["history"])
+        content = Content(image["config"], tuple(image["layers"]), image["platform"], history)
         text = texts[CHAIN].decode()
     except FileNotFoundError as error:
         raise ChainBroken(

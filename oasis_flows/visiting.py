@@ -18,6 +18,7 @@ from . import difference as differences, lineage, log, protocol
 from .difference import Difference
 from .engines import Files, ImageEngine
 from .errors import ImageNotFound, OasisError, ProtocolError, TrainFailed, TrainRefused
+from .fetched import drop, fetch, fetched
 from .job import ContainerExit, ContainerJob, ImageSource, Reason, Stream
 from .lineage import Content, Envelope
 from .machine import image_engine
@@ -39,7 +40,7 @@ from .visit import (
 )
 from .workspace import Workspace
 
-MARKER_RUN = "run_train"
+MARKER_ARRIVED, MARKER_DESCRIBED, MARKER_CHECKED, MARKER_RUN = "prepare_train", "describe_train", "check_train", "run_train"
 LAYER, DIFFERENCE, BASE_LABELS = "layer.tar", "difference.jsonl", lineage.PREFIX
 
 
@@ -47,13 +48,13 @@ LAYER, DIFFERENCE, BASE_LABELS = "layer.tar", "difference.jsonl", lineage.PREFIX
 class Train:
     """A train that has arrived: exactly these bytes, what they are, and the record that came with them.
 
-    `fetched` says that the engine did not have the image before, so that it goes again with the visit.
+    `fetched` are names of images that the engine did not have before the visit, so that they go again with it.
     """
 
     image: str
     content: Content
     chain: tuple[Envelope, ...]
-    fetched: bool
+    fetched: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,33 +77,35 @@ class Draft:
 
 
 @task(**TRANSFER)
-@step("prepare_train")
-def prepare_train(visit: Visit, settings: Settings) -> Train:
-    """Fetch the train, and see that the station's policy lets it in.
+@step(MARKER_ARRIVED)
+def prepare_train(visit: Visit, workspace: Workspace, settings: Settings) -> Train:
+    """Fetch the train, and see that the station's policy lets it in. A retry goes on with the same bytes, wherever a tag went since.
 
     Raises:
         TrainRefused: it does not; where the image's name tells so, nothing was fetched.
         ChainBroken: the record that the policy demands does not hold.
     """
-    arrived = prepare(visit, settings)
+    done = workspace.done(MARKER_ARRIVED)
+    arrived = prepare(visit, workspace, settings, name=done["image"] if done else visit.image)
+    workspace.mark_done(MARKER_ARRIVED, {"image": arrived.image})
     get_run_logger().info("The train is %s, after %d visits.", arrived.image, len(arrived.chain))
     return arrived
 
 
-def prepare(visit: Visit, settings: Settings) -> Train:
-    """As the task, outside a run."""
+def prepare(visit: Visit, workspace: Workspace, settings: Settings, *, name: str) -> Train:
+    """As the task, outside a run, by one of the image's names."""
     engine = image_engine(settings)
     if allowed(visit, visit.image) is False:
         raise _not_allowed(visit, visit.image)
-    fetched = engine.content(visit.image) is None
-    image = engine.prepare(ImageSource(image_id=visit.image, login=login_for(visit, visit.image)))
+    image = fetch(engine, ImageSource(image_id=name, login=login_for(visit, name)), workspace)
+    mine = fetched(workspace)
     try:
         content, chain = _let_in(visit, image, engine)
     except BaseException:
-        if fetched:
-            engine.forget(visit.image)
+        for each in mine:
+            drop(engine, each, workspace)
         raise
-    return Train(image=image, content=content, chain=chain, fetched=fetched)
+    return Train(image=image, content=content, chain=chain, fetched=mine)
 
 
 def _let_in(visit: Visit, image: str, engine: ImageEngine) -> tuple[Content, tuple[Envelope, ...]]:
@@ -129,7 +132,7 @@ def _not_allowed(visit: Visit, image: str) -> TrainRefused:
 
 
 @task(**TRANSFER)
-@step("describe_train")
+@step(MARKER_DESCRIBED)
 def describe_train(visit: Visit, train: Train, workspace: Workspace, settings: Settings) -> Description:
     """Ask the train what it requires, in the generation of the Train API that it speaks.
 
@@ -146,6 +149,16 @@ def describe_train(visit: Visit, train: Train, workspace: Workspace, settings: S
 
 def describe(visit: Visit, train: Train, workspace: Workspace, settings: Settings) -> Description:
     """As the task, outside a run."""
+    done = workspace.done(MARKER_DESCRIBED)
+    if done is None:
+        generation, answer = _described(visit, train, workspace, settings)
+        done = {"api": generation, "answer": answer}
+        workspace.mark_done(MARKER_DESCRIBED, done)
+    return protocol.read_description(Generation(done["api"]), done["answer"])
+
+
+def _described(visit: Visit, train: Train, workspace: Workspace, settings: Settings) -> tuple[Generation, Mapping[str, Any]]:
+    """The answer of the train that describes it, and the generation that it is of."""
     known = settings.trains / "generations" / train.content.digest.partition(":")[2]
     generation = visit.generation
     if generation is None:
@@ -153,23 +166,29 @@ def describe(visit: Visit, train: Train, workspace: Workspace, settings: Setting
             generation = Generation(known.read_text())
     if generation is not None:
         argv = protocol.argv(generation, Question.LIST, station_id=visit.station.station_id)
-        return protocol.read_description(generation, _asked(visit, train.image, argv, Question.LIST, workspace, settings))
+        return generation, _asked(visit, train.image, argv, Question.LIST, workspace, settings)
     failures = []
-    for asks, word in ((Generation.ONE, "describe"), (Generation.V1, "list_requirements")):
+    for asks, word in (
+        (Generation.ONE, "describe"),
+        (Generation.V1, "list_requirements"),
+        (Generation.ZERO, "list_requirements"),
+    ):
         argv = protocol.argv(asks, Question.LIST, station_id=visit.station.station_id)
         try:
             answer = _asked(visit, train.image, argv, Question.LIST, workspace, settings)
         except ProtocolError as error:
-            failures.append(f"To {word}: {error}")
+            failures.append(f"To {' '.join(argv)}: {error}")
             continue
-        generation = protocol.generation_of(answer, word)
-        if generation is not None:
-            found = protocol.read_description(generation, answer)
+        found = protocol.generation_of(answer, word)
+        if found is not None:
+            # One that answers only where it is asked as in 0.x wants all of its questions so, whatever its answers look like.
+            generation = asks if asks is Generation.ZERO else found
+            protocol.read_description(generation, answer)
             with suppress(OSError):
                 known.parent.mkdir(parents=True, exist_ok=True)
                 known.write_text(generation)
-            return found
-        failures.append(f"To {word} it gave an answer without requirements.")
+            return generation, answer
+        failures.append(f"To {' '.join(argv)} it gave an answer without requirements.")
     raise ProtocolError(
         f"The image {visit.image} speaks no Train API that is known. It was asked `describe` and `list_requirements`; correct the train, or "
         f"set its generation. {' '.join(failures)}"
@@ -198,7 +217,7 @@ def check(visit: Visit, description: Description) -> tuple[tuple[Result, ...], t
 
 
 @task(**TRANSFER)
-@step("check_train")
+@step(MARKER_CHECKED)
 def check_train(
     visit: Visit, train: Train, description: Description, workspace: Workspace, settings: Settings
 ) -> tuple[Result, ...]:
@@ -217,10 +236,13 @@ def check_inside(
     visit: Visit, train: Train, description: Description, workspace: Workspace, settings: Settings
 ) -> tuple[tuple[Result, ...], tuple[str, ...]]:
     """As the task, outside a run: each requirement's result, and what is missing in words."""
-    generation = description.generation
-    argv = protocol.argv(generation, Question.CHECK, station_id=visit.station.station_id)
-    answer = _asked(visit, train.image, argv, Question.CHECK, workspace, settings, at_station=True)
-    said = protocol.read_check(generation, answer, description.demand)
+    generation, done = description.generation, workspace.done(MARKER_CHECKED)
+    # One question more would end the train that an earlier attempt has let run.
+    if done is None or not _has_begun(visit, train, generation, workspace, settings):
+        argv = protocol.argv(generation, Question.CHECK, station_id=visit.station.station_id)
+        done = {"answer": _asked(visit, train.image, argv, Question.CHECK, workspace, settings, at_station=True)}
+        workspace.mark_done(MARKER_CHECKED, done)
+    said = protocol.read_check(generation, done["answer"], description.demand)
     said = tuple(replace(result, reason=log.redact(result.reason, visit.secrets.values())) for result in said)
     names = {result.name for result in said}
     demanded = {requirement.name for requirement in description.demand.requirements}
@@ -228,6 +250,24 @@ def check_inside(
     silent = tuple(Result(name, True) for name in demanded - names)
     beyond = tuple(result.reason or result.name for result in said if not result.met and result.name not in demanded)
     return said, (*unmet(description.demand, (*said, *silent)), *beyond)
+
+
+def _has_begun(visit: Visit, train: Train, generation: Generation, workspace: Workspace, settings: Settings) -> bool:
+    """Has the train run, or does it, with all that the station gives now?"""
+    if workspace.done(MARKER_RUN) is not None:
+        return True
+    job = run_job(visit, workspace, train.image, _run_argv(visit, generation), settings)
+    return image_engine(settings).find(job)
+
+
+def _run_argv(visit: Visit, generation: Generation) -> tuple[str, ...]:
+    return protocol.argv(
+        generation,
+        Question.RUN,
+        station_id=visit.station.station_id,
+        track_info=visit.track_info,
+        user_data=visit.user_data,
+    )
 
 
 def _refused(visit: Visit, missing: Sequence[str], who: str) -> TrainRefused:
@@ -246,14 +286,7 @@ def run_train(visit: Visit, train: Train, generation: Generation, workspace: Wor
         TrainFailed, AlgorithmFailed, ProtocolError: it did not succeed. Nothing of it is kept but its log.
         TrainRefused: the policy does not let what it wants to take with it leave.
     """
-    argv = protocol.argv(
-        generation,
-        Question.RUN,
-        station_id=visit.station.station_id,
-        track_info=visit.track_info,
-        user_data=visit.user_data,
-    )
-    done = workspace.done(MARKER_RUN)
+    argv, done = _run_argv(visit, generation), workspace.done(MARKER_RUN)
     if done is None:
         started, engine = time.monotonic(), image_engine(settings)
         job = run_job(visit, workspace, train.image, argv, settings)
@@ -367,20 +400,20 @@ def _keep(
 def draft_successor(visit: Visit, train: Train, ended: Ended, workspace: Workspace, settings: Settings) -> Draft:
     """Make the successor without its record."""
     engine, rebase = image_engine(settings), ended.answer.rebase
-    base, fetched = train.image, None
+    base, mine = train.image, None
     if rebase is not None:
         # A base is all of an image that would travel: one of the engine's others is not for every train to take along.
-        fetched = rebase.base if engine.content(rebase.base) is None else None
-        base = engine.prepare(ImageSource(image_id=rebase.base, login=login_for(visit, rebase.base)))
+        base = fetch(engine, ImageSource(image_id=rebase.base, login=login_for(visit, rebase.base)), workspace)
+        mine = rebase.base if rebase.base in fetched(workspace) else None
         if not allowed(visit, rebase.base, [base.rpartition("@")[2]]):
-            if fetched:
-                engine.forget(fetched)
+            if mine:
+                drop(engine, mine, workspace)
             raise _not_allowed(visit, rebase.base)
 
     def change(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return lineage.labelled(config, _labels(visit, train, workspace))
 
-    return Draft(engine.extend(base, workspace.path / LAYER, change, workspace.lease), base, fetched)
+    return Draft(engine.extend(base, workspace.path / LAYER, change, workspace.lease), base, mine)
 
 
 @task(**TRANSFER)
