@@ -225,11 +225,17 @@ def reap_drafts(api: Any, run_id: str | None, *, grace_seconds: float, below: Pa
     for place in (PUSHING, DRAFTS):
         for reference in [name for image in api.images(name=place) for name in image.get("RepoTags") or ()]:
             with _ownerless(reference.removeprefix(f"{place}:"), run_id, grace_seconds, below) as free:
-                found = _inspect(api, reference) if free else None
-                # Its own name goes last, so that whoever is interrupted here can be followed.
-                names = found["RepoTags"] if found and place == PUSHING else ()
-                for name in (*(name for name in names if name != reference), reference) if free else ():
-                    _remove(api, name)
+                if free:
+                    # The name that says whose it is goes last: whoever is interrupted here is followed by somebody.
+                    for name in _names(api, reference) if place == PUSHING else ():
+                        _remove(api, name)
+                    _remove(api, reference)
+
+
+def _names(api: Any, reference: str) -> list[str]:
+    """The other names of an image."""
+    found = _inspect(api, reference) or {}
+    return [name for name in found.get("RepoTags") or () if name != reference]
 
 
 @contextmanager

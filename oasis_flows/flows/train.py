@@ -7,6 +7,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
+from uuid import uuid4
 
 from prefect import runtime
 from prefect.exceptions import FlowPauseTimeout
@@ -223,12 +224,13 @@ def _approved(visit: Visit, ended: Ended, workspace: Workspace) -> Mapping[str, 
         description=f"The train waits for your answer. Agree, and this leaves:\n\n{text}\n\n{whole}"
     )
     try:
-        # Each attempt asks by a key of its own: what was answered to another is no answer to this one.
+        # By a key that is only this question's. A retry leaves the server with those of before, and with their answers; where a
+        # run has died while it was paused, not even the attempts are counted.
         answer = pause_flow_run(
             wait_for_input=form,
             timeout=visit.station.policy.approval_seconds,
             poll_interval=2,
-            key=f"leaving-{visit.attempt}",
+            key=uuid4().hex,
         )
     except FlowPauseTimeout:
         raise TrainRefused(

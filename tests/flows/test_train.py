@@ -409,11 +409,16 @@ def test_a_key_in_a_secret_block(docker_api, image, station):
     assert len(visit_record.verify_folder(Path(successor.record), {"hospital-a": [key]})) == 1
 
 
+def waiting(server: PrefectServer, name: str) -> list[dict[str, Any]]:
+    """The visits of this train that wait for an answer."""
+    wanted = {"name": {"like_": name.rpartition("/")[2]}, "state": {"type": {"any_": ["PAUSED"]}}}
+    return list(server.api("/flow_runs/filter", {"flow_runs": wanted}))
+
+
 def answer(server: PrefectServer, name: str, agree: bool) -> str:
     """Answer the form of the visit of this train, once it is asked; return what the form says."""
-    wanted = {"flow_runs": {"name": {"like_": name.rpartition("/")[2]}, "state": {"type": {"any_": ["PAUSED"]}}}}
-    eventually(lambda: server.api("/flow_runs/filter", wanted), 120)
-    (run,) = server.api("/flow_runs/filter", wanted)
+    eventually(lambda: waiting(server, name), 180)
+    (run,) = waiting(server, name)
     keyset = run["state"]["state_details"]["run_input_keyset"]
     eventually(
         lambda: (
@@ -546,6 +551,25 @@ def test_a_visit_whose_process_is_ended_leaves_nothing(prefect_server, docker_ap
         ),
         60,
     )
+
+
+def test_a_visit_that_dies_while_it_waits_for_an_answer_does_not_wait_for_ever(prefect_server, image, station, here):
+    station(policy={"hold_for_approval": True})
+    name = image(v1())
+    command = [sys.executable, "-m", "oasis_flows", "train", "run", name, "--station", "hospital-a", "--api", "V1"]
+    process = subprocess.Popen(command, env=prefect_server.env | {"OASIS_FLOWS_HOME": str(here)}, stdout=subprocess.DEVNULL)
+    try:
+        eventually(lambda: waiting(prefect_server, name), 180)
+    finally:
+        process.kill()
+        process.wait(60)
+    run_id = waiting(prefect_server, name)[0]["id"]
+
+    eventually(lambda: reap(settings.current(), now=True) and not list((here / "workspaces").iterdir()), 60)
+
+    run = prefect_server.api(f"/flow_runs/{run_id}")
+    assert run["state_type"] == "CRASHED"
+    assert run["state"]["message"].startswith("The process that ran it is gone")
 
 
 def test_a_draft_whose_run_is_dead_is_reaped(prefect_server, docker_api, busybox, here, tmp_path):
