@@ -16,6 +16,7 @@ from uuid import uuid4
 from prefect.client.schemas.objects import State
 
 from . import documents, lineage, settings, visit_record
+from .asking import Train, check_inside, describe, summarise
 from .blocks import Station
 from .engines.image_archive import read_archive, read_layers
 from .errors import ChainBroken, DescriptionError, OasisError, ProtocolError
@@ -30,7 +31,7 @@ from .running import begin_again
 from .settings import Settings
 from .station_keys import signing_key, trusted
 from .visit import Visit, plan_visit
-from .visiting import Train, check, check_inside, describe, prepare, results_json, summarise
+from .visiting import check, prepare, results_json
 from .workspace import Workspace, open_workspace
 
 Options = argparse.Namespace

@@ -13,6 +13,7 @@ from typing import Any
 
 from . import lineage, log
 from .artifacts import MOST_FILES, show_difference
+from .asking import Train
 from .difference import Difference, Kind
 from .errors import ChainBroken
 from .job import counted, human_bytes
@@ -21,7 +22,7 @@ from .protocol import Description
 from .requirement import Result
 from .verdict import Verdict
 from .visit import Visit
-from .visiting import DIFFERENCE, Ended, Train, results_json
+from .visiting import DIFFERENCE, Ended, results_json
 from .workspace import Workspace, room_for
 
 _SHOWN = 50

@@ -15,6 +15,7 @@ from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 
 from .. import documents, lineage, settings, visit_record
+from ..asking import Train
 from ..blocks import Station
 from ..documents import document_flow, patiently
 from ..errors import EngineError, OasisError, TrainRefused
@@ -35,7 +36,6 @@ from ..visit import Visit, plan_visit, successors
 from ..visiting import (
     DIFFERENCE,
     Ended,
-    Train,
     check_station,
     check_train,
     describe_train,
