@@ -68,7 +68,7 @@ def test_a_ride_over_three_stations(deployed, pools, docker_api, image, home, re
     station(2, work_pool=POOLS[1], registry=place, environment={"PHT_TOKEN": "x"})
     route = ("oasis-flows", "train", "route", image(v1()), *names, "--api", "V1")
 
-    stopped = deployed.run(*route, check=False)
+    stopped = deployed.run(*route, check=False, seconds=900)
 
     assert stopped.returncode == 1, stopped.stdout
     (line,) = stopped.stdout.splitlines()
@@ -80,7 +80,7 @@ def test_a_ride_over_three_stations(deployed, pools, docker_api, image, home, re
     assert "PHT_URL is not set" in last_words
     assert f"--resume {run_id}" in last_words
     station(2, work_pool=POOLS[1], registry=place)
-    again = deployed.run(*route, "--resume", run_id)
+    again = deployed.run(*route, "--resume", run_id, seconds=900)
     first, second = again.stdout.splitlines()
     assert first == f"Succeeded (Completed): run {run_id}"
     runs = deployed.api("/flow_runs/filter", {"flow_runs": {"tags": {"all_": [f"route:{run_id}"]}}})
