@@ -181,7 +181,15 @@ def _asked(
             raise ProtocolError(
                 f"The train did not answer `{' '.join(argv)}`: {exit.reason.value}. Correct the train. {' | '.join(sink.last_words())}"
             )
-        return answer_of(stdout, workspace, question)
+        try:
+            return answer_of(stdout, workspace, question)
+        except ProtocolError as error:
+            if exit.reason is Reason.OK:
+                raise
+            # Why it did not answer stands on stderr.
+            raise ProtocolError(
+                f"{error}. It ended with exit code {exit.exit_code}: {' | '.join(sink.last_words(5))}"
+            ) from None
     except OasisError as error:
         error.args = tuple(log.redact(str(part), secrets) for part in error.args)
         raise

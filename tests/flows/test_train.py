@@ -396,6 +396,10 @@ def test_describe_and_check(image, station, here, capsys):
     assert main(["train", "check", name, "--station", "hospital-b"]) == 2
     assert "PHT_URL is not set" in capsys.readouterr().out
     assert [path.read_text() for path in (here / "trains" / "generations").iterdir()] == ["1.0"]
+    assert main(["train", "describe", image("#!/bin/sh\necho no such module >&2\nexit 1\n")]) == 1
+    said = capsys.readouterr().err
+    assert "speaks no Train API that is known" in said
+    assert "It ended with exit code 1: no such module" in said
 
 
 def test_a_key_in_a_secret_block(docker_api, image, station):
