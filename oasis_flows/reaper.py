@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from socket import gethostname
 from typing import Any
 from uuid import UUID
@@ -27,7 +28,8 @@ from . import caches, documents, lease, store, workspace
 from .artifacts import tell_failure
 from .blocks import DatasetStore
 from .errors import EngineUnavailable, ProcessGone
-from .machine import open_engine
+from .fetched import fetched
+from .machine import image_engine, open_engine
 from .plan import options_of
 from .settings import Settings
 from .store import Location
@@ -75,7 +77,7 @@ def reap(settings: Settings, *, now: bool = False) -> Reaped:
             runs = _tell_ends(settings, min(window, SILENCE_SECONDS))
     return Reaped(
         containers=containers,
-        workspaces=workspace.reap(settings.workspaces, settings.keep_seconds),
+        workspaces=workspace.reap(settings.workspaces, settings.keep_seconds, partial(_drop_fetched, settings)),
         runs=runs,
         caches=caches.reap(settings.caches, settings.keep_caches_seconds),
     )
@@ -124,11 +126,13 @@ def _running(ids: Sequence[UUID]) -> list[FlowRun]:
         return []
     running = FlowRunFilter(
         id=FlowRunFilterId(any_=list(ids)),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED])),
     )
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(flow_run_filter=running)
-    return [run for run in found if run.labels.get(LABEL_HOST, gethostname()) == gethostname()]
+    # One that is paused waits in its process; one that is suspended has none.
+    awake = [run for run in found if run.state is not None and not run.state.state_details.pause_reschedule]
+    return [run for run in awake if run.labels.get(LABEL_HOST, gethostname()) == gethostname()]
 
 
 def _tell_ends(settings: Settings, silence_seconds: float) -> tuple[str, ...]:
@@ -183,7 +187,14 @@ def remove_rest(run: FlowRun, settings: Settings, *, folder: bool = True) -> Non
             open_engine(settings).reap(str(run.id))
     with _noted("The workspace of run %s may be left behind", run.id):
         if folder:
-            place.remove_abandoned(0)
+            place.remove_abandoned(0, partial(_drop_fetched, settings))
+
+
+def _drop_fetched(settings: Settings, place: Workspace) -> None:
+    """Take out of the engine what a dead visit of a train had fetched; most runs are none."""
+    with _noted("Images that run %s had fetched may be left behind", place.run_id):
+        for name in fetched(place):
+            image_engine(settings).forget(name)
 
 
 def abandon_uploads(run: FlowRun) -> None:

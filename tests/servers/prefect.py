@@ -54,7 +54,7 @@ class PrefectServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def run(self, *command: str, check: bool = True, **changes: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, check: bool = True, seconds: float = 240, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run a program of the virtual environment as a user of this server."""
         done = subprocess.run(
             [str(BIN / command[0]), *command[1:]],
@@ -63,7 +63,7 @@ class PrefectServer:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=seconds,
         )
         if check and done.returncode:
             pytest.fail(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
