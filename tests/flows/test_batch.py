@@ -12,8 +12,9 @@ from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
 from prefect.states import Scheduled
 
-from oasis_flows import documents, fan_out, schedule
+from oasis_flows import documents, fan_out, reservations, schedule
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
+from oasis_flows.capacity import Vector
 from oasis_flows.errors import (
     AlgorithmFailed,
     ContainerLost,
@@ -29,6 +30,7 @@ from oasis_flows.flows.batch import batch
 from oasis_flows.job import ContainerExit, Reason
 from oasis_flows.machine import stand_in
 from oasis_flows.testing import FakeEngine, host_path
+from oasis_flows.workspace import open_workspace
 
 IMAGE = DockerImage(image_id="upper:1")
 
@@ -226,7 +228,7 @@ class Busy(FakeEngine):
 
     looks = 0
 
-    def nodes(self, *, without=None):
+    def nodes(self, *, without=()):
         type(self).looks += 1
         (node,) = super().nodes(without=without)
         if type(self).looks in range(2, 6):
@@ -244,6 +246,44 @@ def test_a_full_machine_is_waited_for_and_said_to_be(ran, notes):
         time.sleep(0.2)
     assert "too few processors are free for 1 processors" in str(done.server.api("/logs/filter", wanted))
     assert done.artifacts["oasis-waiting"].startswith("The batch ")
+
+
+def test_what_another_batch_has_reserved_is_left_to_it(ran, notes, here):
+    under_way, lock = [], threading.Lock()
+
+    def slow(job, log):
+        with lock:
+            under_way.append(job)
+            most.append(len(under_way))
+        time.sleep(0.2)
+        with lock:
+            under_way.remove(job)
+        return upper(job, log)
+
+    most = []
+    with open_workspace(here / "workspaces", str(uuid.uuid4())) as other:
+        reservations.reserve(other, Vector(3000, 0, 0, 3))
+        ran(FakeEngine(slow, cpus=5), notes(*NAMES), files_per_shard=5)
+        assert max(most) == 1
+    most.clear()
+    ran(FakeEngine(slow, cpus=5), notes(*NAMES), files_per_shard=5)
+    assert max(most) > 1
+
+
+def test_a_batch_reserves_for_what_is_left_of_it_and_no_more(ran, notes, here):
+    kept = []
+
+    def slow(job, log):
+        until = time.monotonic() + 30
+        while time.monotonic() < until and not (found := reservations.reserved(here / "workspaces")):
+            time.sleep(0.05)
+        kept.append(found)
+        return upper(job, log)
+
+    ran(FakeEngine(slow, cpus=10), notes("a"))
+
+    assert [list(found.values()) for found in kept] == [[Vector(1000, 1 << 30, 0, 1)]]
+    assert reservations.reserved(here / "workspaces") == {}
 
 
 def test_never_more_at_once_than_fit_or_than_the_user_wants(ran, notes):
