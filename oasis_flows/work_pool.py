@@ -45,8 +45,8 @@ DEPLOYMENT = "algorithm-task/algorithm-task"
 WINDOW = 32
 POLL_SECONDS = 1.0
 # A worker counts as gone when the server has missed its sign of life for some 90 s. One that was started anew under its old name
-# never does; then it is the time that an automation allows, too.
-LOOK_SECONDS, NEVER_BEGAN = 15.0, timedelta(hours=1)
+# never does; then it is the time that an automation allows, too. It writes its name on a run right after it has taken it.
+LOOK_SECONDS, NEVER_NAMED, NEVER_BEGAN = 15.0, timedelta(minutes=2), timedelta(hours=1)
 _PAGE = 200
 _WORKER, _POOL = "prefect.worker.name", "prefect.work-pool.name"
 
@@ -214,8 +214,9 @@ def _never_begins(run: FlowRun) -> bool:
     with suppress(ObjectNotFound), get_client(sync_client=True) as client:
         workers = client.read_workers_for_work_pool(str(pool)) if pool else []
         offline = name is not None and all(each.status is WorkerStatus.OFFLINE for each in workers if each.name == name)
+        overdue = _age(run) >= (NEVER_BEGAN if name is not None else NEVER_NAMED)
         # It may have begun while this was found out.
-        return (offline or _age(run) >= NEVER_BEGAN) and _is_beginning(client.read_flow_run(run.id))
+        return (offline or overdue) and _is_beginning(client.read_flow_run(run.id))
     return False
 
 
