@@ -37,6 +37,8 @@ from .verdict import Verdict, judge
 from .workspace import Workspace
 
 LABEL_HOST, LABEL_OUTPUT, LABEL_STORE = "oasis.host", "oasis.output", "oasis.store"
+# Begins the tag of a run that is a shard of a batch, whose id follows.
+SHARD_TAG = "batch:"
 PROCESS_GONE = "The process that ran it is gone: it was killed, or its worker was stopped. What it left is removed."
 # A run whose last step has failed holds its lease no longer, and Prefect may learn of that late.
 SILENCE_SECONDS = 30.0
@@ -151,8 +153,7 @@ def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> bool:
         # The owner that died may have been that of an earlier attempt, and the one of this attempt is only on its way here.
         if not dead or run.state is None or lease.attempt_of(place.lease) != run.run_count:
             return False
-        cancelled, may_return = run.state.is_cancelling(), run.deployment_id is not None
-        verdict = gone(run)
+        cancelled, verdict = run.state.is_cancelling(), gone(run)
         state: State[Any] = (
             Cancelled(message=verdict.sentence) if cancelled else Crashed(message=f"{verdict.sentence} {verdict.advice}")
         )
@@ -162,15 +163,20 @@ def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> bool:
             with _noted("The failure of run %s could not be told", run.id):
                 tell_failure(client, run.id, run.name, verdict)
     abandon_uploads(run)
-    if cancelled or not may_return:
+    if cancelled or not may_return(run):
         # Nobody comes back for what it left.
         remove_rest(run, settings)
     return True
 
 
+def may_return(run: FlowRun) -> bool:
+    """Can the run be tried again, and find what it left? A batch does not try the run of a shard again: it makes another."""
+    return run.deployment_id is not None and not any(tag.startswith(SHARD_TAG) for tag in run.tags)
+
+
 def gone(run: FlowRun) -> Verdict:
     """What there is to say of a run whose process is gone."""
-    again = f" Run it again: prefect flow-run retry {run.id}" if run.deployment_id is not None else ""
+    again = f" Run it again: prefect flow-run retry {run.id}" if may_return(run) else ""
     return judge(ProcessGone(PROCESS_GONE + again))
 
 

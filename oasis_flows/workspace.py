@@ -73,6 +73,11 @@ class Workspace:
         return self.path / "notes"
 
     @property
+    def reservation(self) -> Path:
+        """What the run has set aside of the machine; see `reservations`."""
+        return self.path / "reservation"
+
+    @property
     def log(self) -> Path:
         return self.path / "log.txt"
 
@@ -84,7 +89,7 @@ class Workspace:
     @property
     def is_resumable(self) -> bool:
         """Is there any file that a retry could go on from?"""
-        return any(child.name not in ("lease", "done") for child in self.path.iterdir())
+        return any(child.name not in ("lease", "done", "reservation") for child in self.path.iterdir())
 
     def done(self, step: str) -> dict[str, Any] | None:
         """What the step found out when it finished, or `None` if it has not."""
