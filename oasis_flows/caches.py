@@ -73,16 +73,19 @@ class _Gone(Exception):
 
 def _prepared(descriptor: int, lock: Path, kept: Path, fill: Callable[[Path], bool], waiting: Callable[[], None]) -> bool:
     """Have the folder there, unless it cannot be made, and the lock shared."""
-    there = True
-    _lock(descriptor, lock, fcntl.LOCK_SH, waiting)
-    while there and not kept.is_dir():
-        _lock(descriptor, lock, fcntl.LOCK_EX, waiting)
-        there = kept.is_dir() or _made(kept, fill)
+    while True:
+        _wait_to_share(descriptor, lock, waiting)
+        if kept.is_dir():
+            os.utime(descriptor)
+            return True
+        if not _lock(descriptor, lock, fcntl.LOCK_EX):
+            # Somebody else was faster, and shares it as soon as the folder is there: nobody may wait to have it alone.
+            time.sleep(_POLL_SECONDS)
+            continue
+        if not kept.is_dir() and not _made(kept, fill):
+            return False
         # What has just been used is not reaped, though for a moment nobody has it locked.
         os.utime(descriptor)
-        _lock(descriptor, lock, fcntl.LOCK_SH, waiting)
-    os.utime(descriptor)
-    return there
 
 
 def _forgotten(lock: Path, keep_seconds: float) -> bool:
@@ -118,18 +121,23 @@ def _made(kept: Path, fill: Callable[[Path], bool]) -> bool:
     return True
 
 
-def _lock(descriptor: int, lock: Path, how: int, waiting: Callable[[], None]) -> None:
+def _wait_to_share(descriptor: int, lock: Path, waiting: Callable[[], None]) -> None:
     told = False
-    while True:
-        try:
-            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(descriptor), lock.stat()):
-                raise _Gone
-            return
-        except FileNotFoundError:
-            raise _Gone from None
-        except BlockingIOError:
-            if not told:
-                waiting()
-            told = True
+    while not _lock(descriptor, lock, fcntl.LOCK_SH):
+        if not told:
+            waiting()
+        told = True
         time.sleep(_POLL_SECONDS)
+
+
+def _lock(descriptor: int, lock: Path, how: int) -> bool:
+    """Take it, if that can be now; what was held before is lost if not."""
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), lock.stat()):
+            raise _Gone
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        raise _Gone from None
+    return True

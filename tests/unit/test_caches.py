@@ -108,12 +108,13 @@ def test_what_fails_is_not_kept_and_does_not_stand_in_the_way(tmp_path):
         assert kept is not None
 
 
-def test_many_at_once_make_it_once_and_use_it_together(tmp_path):
-    made, together = [], threading.Barrier(4, timeout=60)
+@pytest.mark.parametrize("turn", range(10))
+def test_many_at_once_make_it_once_and_use_it_together(tmp_path, turn):
+    made, used, together = [], [], threading.Barrier(8, timeout=60)
 
     def slow(folder):
         made.append(folder)
-        time.sleep(0.3)
+        time.sleep(0.02)
         return fill(folder)
 
     def use():
@@ -121,12 +122,11 @@ def test_many_at_once_make_it_once_and_use_it_together(tmp_path):
             together.wait()
             used.append(kept)
 
-    used = []
-    threads = [threading.Thread(target=use) for _ in range(4)]
+    threads = [threading.Thread(target=use) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
     assert len(made) == 1
-    assert used == [tmp_path / "a"] * 4
+    assert used == [tmp_path / "a"] * 8
