@@ -42,6 +42,7 @@ class TestCluster:
     image: str
     home: Path
     settings: dict[str, str]
+    claim: str = CLAIM
 
     def objects(self, kind: str, run_id: str) -> list[dict[str, Any]]:
         """A run's Jobs, pods or Secrets."""
