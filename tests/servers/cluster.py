@@ -9,7 +9,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,13 @@ class TestCluster:
 @pytest.fixture(scope="session")
 def cluster(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
     """The cluster of `KUBECONFIG`; fails where none answers."""
-    home = tmp_path_factory.getbasetemp()
+    with open_cluster(registry, tmp_path_factory.getbasetemp()) as found:
+        yield found
+
+
+@contextmanager
+def open_cluster(registry: Registry, home: Path) -> Iterator[TestCluster]:
+    """A namespace of its own on the cluster of `KUBECONFIG`, with a claim on the folder `home`, for the time of the block."""
     api = KubeApi(find_access())
     namespace = f"oasis-test-{uuid.uuid4().hex[:8]}"
     volume = {
