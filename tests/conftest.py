@@ -18,4 +18,4 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 # Without a cluster there are no tests of it, rather than tests that are passed over.
-collect_ignore = [] if os.environ.get("KUBECONFIG") else ["contract/test_kubernetes_cluster.py"]
+collect_ignore = [] if os.environ.get("KUBECONFIG") else ["contract/test_kubernetes_cluster.py", "e2e/test_kubernetes.py"]
