@@ -71,7 +71,9 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="smaller and fewer: less than three minutes on an idle machine")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results.md, as a whole run does")
-    parser.add_argument("subject", nargs="*", choices=[*SERVED, *ALONE, *ASKED_FOR, []], help="what to measure; everything, by default")
+    parser.add_argument(
+        "subject", nargs="*", choices=[*SERVED, *ALONE, *ASKED_FOR, []], help="what to measure; everything, by default"
+    )
     options = parser.parse_args()
     began, load, lines = time.time(), os.getloadavg()[0], list[str]()
     chosen = options.subject or [*SERVED, *ALONE]

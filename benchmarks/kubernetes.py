@@ -24,7 +24,6 @@ from benchmarks.table import Row, Series, difference, said
 from oasis_flows import lease
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
 from oasis_flows.engines import pod as spec
-from oasis_flows.engines.kube_access import find_access
 from oasis_flows.engines.kubernetes import KubernetesEngine
 from oasis_flows.errors import ContainerLost
 from oasis_flows.flows.algorithm_task import algorithm_task
@@ -94,8 +93,7 @@ def _engine(cluster: TestCluster, tell: Callable[[str], None] = lambda _: None) 
 
 
 def _start(cluster: TestCluster, folder: Path, *, quick: bool) -> Row:
-    limits = {"cpus": 0.5, "memory": "64MiB"}
-    algorithm = Algorithm(docker_image=DockerImage(image_id=cluster.image), command=list(NOTE), **limits)
+    algorithm = Algorithm(docker_image=DockerImage(image_id=cluster.image), command=list(NOTE), cpus=0.5, memory="64MiB")
     dataset = Dataset(url=str(make_files(cluster.home / "in", 1, 1)))
     target = DatasetStore(url=str(folder / "out"))
     ours, theirs = Series(), Series()
@@ -149,7 +147,7 @@ def _many(cluster: TestCluster, count: int) -> Iterator[Row]:
     def look() -> None:
         nonlocal most
         while not over.wait(0.5):
-            most = max(most, _watches(cluster))
+            most = max(most, _watches())
 
     def one(number: int) -> None:
         job = _job(cluster, f"many-{number}", "sh", "-c", "echo begun; sleep 3")
@@ -157,7 +155,7 @@ def _many(cluster: TestCluster, count: int) -> Iterator[Row]:
             engine.find(job)
             engine.run(job, lambda _, __: None)
 
-    before = _watches(cluster)
+    before = _watches()
     looking = threading.Thread(target=look)
     looking.start()
     began = time.monotonic()
@@ -187,10 +185,9 @@ def _many(cluster: TestCluster, count: int) -> Iterator[Row]:
     )
 
 
-def _watches(cluster: TestCluster) -> int:
+def _watches() -> int:
     """Watches of pods of one namespace, of whomever, that the API server serves now; kubelet's and the controllers' are of all."""
-    access = find_access()
-    done = subprocess.run(["kubectl", "get", "--raw", "/metrics", "--server", access.server], capture_output=True, text=True)
+    done = subprocess.run(["kubectl", "get", "--raw", "/metrics"], capture_output=True, text=True, check=True)
     wanted = r'^apiserver_longrunning_requests\{.*resource="pods",scope="namespace".*verb="WATCH".*\} (\d+)$'
     return sum(int(found) for found in re.findall(wanted, done.stdout, re.MULTILINE))
 

@@ -295,7 +295,9 @@ def test_the_sandbox_is_closed_and_what_was_in_force_is_recorded(ran, ground, im
     assert b"Read-only file system" in done.log
     assert b"docker.sock: No such file" in done.log
     assert done.log.split(b"\n")[-4:] == [b"tmp", b"/work", b"0", b""]
-    limits = {"cpu": "500m", "memory": str(64 << 20)} if ground.name == "kubernetes" else {"memory_bytes": 64 << 20, "cpus": 0.5}
+    limits = (
+        {"cpu": "500m", "memory": str(64 << 20)} if ground.name == "kubernetes" else {"memory_bytes": 64 << 20, "cpus": 0.5}
+    )
     assert limits.items() <= (force["limits"] if ground.name == "kubernetes" else force).items()
     assert (force["network"], force["read_only_root"]) == ("none", True)
     assert force["capabilities_dropped"] == ["ALL"]

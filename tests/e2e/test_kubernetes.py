@@ -65,5 +65,3 @@ def test_a_document_that_is_not_there_is_named(
     monkeypatch.setenv("OASIS_FLOWS_KUBERNETES_CREDENTIALS", "no-such-document")
     main(["doctor"])
     assert "no-such-document" in capsys.readouterr().out
-
-
