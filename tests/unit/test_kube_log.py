@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from hypothesis import given, settings, strategies as st
 
 from oasis_flows.engines.kube_log import Spool, Stamped
@@ -49,7 +51,6 @@ def test_every_byte_comes_once_wherever_the_way_breaks(told, newline, zone, data
 
 def sent_since(entries: list[tuple[int, bytes]], since: str | None, zone: str) -> bytes:
     """What kubelet answers: it leaves out what is before the second that it was asked for."""
-    from datetime import datetime
 
     def is_wanted(moment: int) -> bool:
         if since is None:
@@ -93,3 +94,34 @@ def test_a_spool_takes_more_than_it_keeps_in_memory():
     spool.close()
 
     assert b"".join(spool) == b"".join(bytes([number]) + piece for number in range(40))
+
+
+def written(second: int, size: int) -> bytes:
+    """A line of so many bytes, of a second of the past."""
+    return stamp(second * 10**9) + b"x" * size + b"\n"
+
+
+def test_a_leap_over_what_had_been_written_long_before_is_a_gap():
+    log = Stamped()
+    log.feed(written(0, 9 << 20))
+    log.feed(written(7, 10))
+    assert log.gap_seconds == 7
+
+
+def test_a_pause_of_a_short_log_is_none_and_neither_is_a_short_leap():
+    short, steady = Stamped(), Stamped()
+    short.feed(written(0, 10))
+    short.feed(written(7, 10))
+    for second in range(0, 40, 4):
+        steady.feed(written(second, 1 << 20))
+    assert (short.gap_seconds, steady.gap_seconds) == (0, 0)
+
+
+def test_a_pause_that_was_waited_for_is_no_gap(monkeypatch):
+    moment = datetime.fromisoformat("2026-11-21T10:00:00+00:00").timestamp()
+    monkeypatch.setattr("oasis_flows.engines.kube_log.time.time", lambda: moment)
+    log = Stamped()
+    log.feed(written(0, 9 << 20))
+    moment += 60
+    log.feed(written(60, 10))
+    assert log.gap_seconds == 0
