@@ -56,7 +56,8 @@ def publish_batch(
     if commits and (earlier := _published(batch)) is not None:
         return Published(summary=earlier, verdict=verdict, error=error, rows=rows)
     manifest = workspace.published_manifest if commits else None
-    summary = store.merge(batch.plan.output, [f"{SHARDS}/{row.shard}" for row in done], manifest) if manifest else None
+    parts = {f"{SHARDS}/{row.shard}": row.output["digest"] if row.output else None for row in done}
+    summary = store.merge(batch.plan.output, parts, manifest) if manifest else None
     workspace.log.write_text("".join(map(log_line, rows)))
     flow_run = {"id": batch.plan.run_id, "name": str(runtime.flow_run.name), "ui_url": str(runtime.flow_run.ui_url or "")}
     record = batch_json(batch, rows, verdict=verdict, published=summary, seconds=seconds, flow_run=flow_run)

@@ -13,7 +13,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound, ParameterTypeError
 from prefect.flows import Flow
 
-from . import heartbeat
+from . import heartbeat, kept_client
 from .errors import DescriptionError, ServerDenied, ServerUnavailable
 
 PATIENCE_SECONDS = 600.0
@@ -121,7 +121,7 @@ class DocumentFlow(Flow[P, R]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the flow in this process; see Prefect's `Flow`. It ends when its work does, not when its heart has beaten."""
-        with heartbeat.ours():
+        with kept_client.kept(), heartbeat.ours():
             return super().__call__(*args, **kwargs)
 
     def validate_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:

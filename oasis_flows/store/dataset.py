@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import DatasetError, DatasetNotFound, StoreUnavailable
 from ..manifest import Entry, Summary, Tally, checked, parse, parse_line, sort_key
 from .folder import Found, chunks_of, opened, walk
 from .transfer import Files, Location, Meter, files, in_order, translated
 from .verdicts import Missing
+
+T = TypeVar("T")
 
 DATA, LOG, RECORD, MANIFEST = "data/", "log.txt", "task.json", "manifest.jsonl"
 MARKER, BATCH = "oasis_flows", "batch"
@@ -47,17 +49,65 @@ class Published:
         """The manifest's entries, each with its SHA-256; checked, and read as they are needed.
 
         Raises:
-            DatasetError: the manifest is damaged.
+            DatasetError: the manifest is damaged, or another than its record says.
+            StoreUnavailable: it arrived damaged.
         """
-        in_parts = self.in_parts
-        for entry in parse(lines(files(self.location).read(MANIFEST))):
+        return settled(self._as_read, f"The manifest of {self.location.url}")
+
+    def _as_read(self) -> Iterator[Entry]:
+        in_parts, where, tally, raw = self.in_parts, self.location.url, Tally(), hashlib.sha256()
+
+        def noted(chunks: Iterable[bytes]) -> Iterator[bytes]:
+            for chunk in chunks:
+                raw.update(chunk)
+                yield chunk
+
+        for entry in parse(lines(noted(files(self.location).read(MANIFEST)))):
             if entry.sha256 is None:
-                raise DatasetError(f"The manifest of {self.location.url} has no sha256 for {entry.path!r}: publish it again.")
+                raise DatasetError(f"The manifest of {where} has no sha256 for {entry.path!r}: publish it again.")
             if (entry.at is None) is in_parts:
-                raise DatasetError(
-                    f"The manifest of {self.location.url} does not fit its {RECORD}, at {entry.path!r}: publish it again."
-                )
+                raise DatasetError(f"The manifest of {where} does not fit its {RECORD}, at {entry.path!r}: publish it again.")
+            if in_parts:
+                tally.add(entry)
             yield entry
+        found = tally.summary().digest if in_parts else raw.hexdigest()
+        promised = _digest(self.record)
+        # Believed when it has been read twice, too.
+        if promised not in (None, found) and (promised := _digest(_record(files(self.location)))) not in (None, found):
+            raise DatasetError(
+                f"The manifest of {where} is another than was published. Its digest is {found}, and {RECORD} says {promised}: "
+                "restore it, or publish the dataset again."
+            )
+
+
+def _digest(record: Mapping[str, object] | None) -> object:
+    """What a record says of its dataset's manifest; one of another's making may say nothing."""
+    output = record.get("output") if record else None
+    return output.get("manifest_digest") if isinstance(output, Mapping) else None
+
+
+def settled(read: Callable[[], Iterator[T]], what: str) -> Iterator[T]:
+    """Pass on what is read. That it is damaged is believed when it has been read twice alike: a bit may flip on the way.
+
+    Raises:
+        DatasetError: what `read` raises, where it does so again.
+        StoreUnavailable: it does not.
+    """
+    try:
+        yield from read()
+    except DatasetError as error:
+        if error.transient or str(error) == _failure(read):
+            raise
+        raise StoreUnavailable(f"{what} arrived damaged. Try again; check the network.") from error
+
+
+def _failure(read: Callable[[], Iterator[T]]) -> str | None:
+    try:
+        for _ in read():
+            pass
+    except DatasetError as error:
+        return str(error)
+    return None
 
 
 def published(location: Location) -> Published | None:

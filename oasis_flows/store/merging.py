@@ -24,20 +24,20 @@ def begin(location: Location) -> None:
     files(location).write(RECORD, [PROVISIONAL], len(PROVISIONAL), last=True)
 
 
-def merge(location: Location, parts: Iterable[str], manifest: Path) -> Summary:
+def merge(location: Location, parts: Mapping[str, str | None], manifest: Path) -> Summary:
     """Write the manifest of a dataset whose files are those of published parts, folders below `location`.
 
-    Memory does not grow with the number of parts or files.
+    `parts` has the digest of each one's manifest, where it is known. Memory does not grow with the number of parts or files.
 
     Raises:
         DuplicateName: two parts have a file of the same name.
         UnsafeName: the parts' files cannot be one folder.
-        DatasetError: a part is not published.
+        DatasetError: a part is not published, or is another than its digest says.
     """
     unsorted = manifest.with_name(f"{manifest.name}.parts")
     with translated(str(unsorted), writing=True):
         manifest.parent.mkdir(parents=True, exist_ok=True)
-        found = in_order(partial(_lines_of, location), parts, workers=4, window=8)
+        found = in_order(partial(_lines_of, location), parts.items(), workers=4, window=8)
         with unsorted.open("wb") as file, closing(found):
             for lines in found:
                 file.writelines(lines)
@@ -62,8 +62,9 @@ def commit(location: Location, *, beside: Mapping[str, Path], log: Path, record:
             store.write(MANIFEST, chunks_of(descriptor, str(manifest)), manifest.stat().st_size, last=True)
 
 
-def _lines_of(location: Location, part: str) -> list[bytes]:
-    entries = Published(location=location.child(part), record={}).entries()
+def _lines_of(location: Location, known: tuple[str, str | None]) -> list[bytes]:
+    part, digest = known
+    entries = Published(location=location.child(part), record={"output": {"manifest_digest": digest}}).entries()
     return [to_line(entry._replace(at=f"{part}/{DATA}{entry.path}")) for entry in entries]
 
 

@@ -6,6 +6,8 @@ keep the order, and stops at names with control characters, which it cannot read
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import math
 import os
 import re
@@ -13,9 +15,10 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +28,7 @@ from obstore.store import S3Store
 
 from ..errors import DatasetError, StoreDenied, StoreUnavailable
 from ..manifest import Entry
-from .transfer import CHUNK_BYTES, Location, checkpoint, pause, translated, turn, wait
+from .transfer import CHUNK_BYTES, Location, checkpoint, pause, soon, translated, turn, wait
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Credential
@@ -68,43 +71,12 @@ class Objects:
             raise DatasetError(f"{location.url} names no bucket. Write s3://bucket/folder.")
         with translated(self._url):
             try:
-                self._client = _client(location, PATIENCE)
-                # `read` goes on by itself, at the right offset.
-                self._reads = self._store(PATIENCE.seconds, retries=0)
-                self._tiny_writes = self._store(PATIENCE.seconds, retries=PATIENCE.attempts - 1)
-                self._writes = self._store(PATIENCE.part_seconds, retries=PATIENCE.attempts - 1)
+                self._connection = _connection(self._bucket, location)
+                self._client = self._connection.client
             except ValueError as error:
                 raise DatasetError(
                     f"{self._url} cannot be opened. {error}. Correct endpoint_url and region of its store."
                 ) from error
-
-    def _store(self, seconds: float, retries: int) -> S3Store:
-        endpoint = self._client.meta.endpoint_url
-        client: ClientConfig = {
-            "allow_http": endpoint.startswith("http://"),
-            "connect_timeout": timedelta(seconds=PATIENCE.connect_seconds),
-            "read_timeout": timedelta(seconds=seconds),
-            # It counts the whole body; silence is what `read_timeout` bounds.
-            "timeout": timedelta(days=7),
-        }
-        bundle = os.environ.get("AWS_CA_BUNDLE")
-        if bundle and endpoint.startswith("https://"):
-            client["root_certificate"] = Path(bundle).read_bytes()
-        return S3Store(
-            self._bucket,
-            # The environment's value would win over `endpoint`.
-            endpoint=endpoint,
-            aws_endpoint_url_s3=endpoint,
-            region=self._client.meta.region_name,
-            virtual_hosted_style_request=False,
-            credential_provider=_Credentials(self._client),
-            client_options=client,
-            retry_config={
-                "max_retries": retries,
-                "retry_timeout": timedelta(seconds=seconds * max(retries, 1)),
-                "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=2), "base": 2},
-            },
-        )
 
     def list(self, folder: str = "") -> Iterator[Entry]:
         """See `Files.list`. Pages are fetched as they are needed; folder markers are left out."""
@@ -140,10 +112,10 @@ class Objects:
                 version.must_be(answer["ETag"], offset + answer["ContentLength"], where)
                 yield from answer["Body"].iter_chunks(CHUNK_BYTES)
                 return
-            stream = _Stream(self._reads, self._prefix + name, offset)
-            version.must_be(stream.etag, stream.size, where)
-            while (chunk := stream.next()) is not None:
-                yield chunk
+            with closing(_Stream(self._connection.reads, self._prefix + name, offset)) as stream:
+                version.must_be(stream.etag, stream.size, where)
+                while (chunk := stream.next()) is not None:
+                    yield chunk
 
     def write(self, name: str, chunks: Iterable[bytes], size: int, *, last: bool = False) -> None:  # noqa: ARG002
         """See `Files.write`. Small objects take one request, large ones are sent in parts."""
@@ -153,14 +125,14 @@ class Objects:
                 self._put_awkward(key, chunks)
             elif size <= SINGLE_PUT_BYTES:
                 body = b"".join(chunks)
-                writes = self._tiny_writes if len(body) <= TINY_BYTES else self._writes
+                writes = self._connection.tiny_writes if len(body) <= TINY_BYTES else self._connection.writes
                 wait(lambda: obstore.put_async(writes, key, body, use_multipart=False))
             else:
                 with turn(_large_uploads):
                     self._put_parts(key, chunks, max(PART_BYTES, size // MOST_PARTS))
 
     def _put_parts(self, key: str, chunks: Iterable[bytes], part_bytes: int) -> None:
-        writer = obstore.open_writer_async(self._writes, key, buffer_size=part_bytes, max_concurrency=2)
+        writer = obstore.open_writer_async(self._connection.writes, key, buffer_size=part_bytes, max_concurrency=2)
         for chunk in chunks:
             wait(lambda chunk=chunk: writer.write(chunk))  # type: ignore[misc]
         wait(writer.close)
@@ -280,6 +252,70 @@ def _client(location: Location, patience: Patience) -> Any:
     return client
 
 
+class _Connection:
+    """The clients of a bucket: botocore's, and obstore's, each made when it is first needed, for it takes 20 ms."""
+
+    def __init__(self, bucket: str, location: Location) -> None:
+        self._bucket, self.client = bucket, _client(location, PATIENCE)
+        # Refuse what is no address now, and not with the first byte.
+        _ = self.reads
+
+    @cached_property
+    def reads(self) -> S3Store:
+        """For what goes on by itself, at the right offset."""
+        return self._store(PATIENCE.seconds, retries=0)
+
+    @cached_property
+    def tiny_writes(self) -> S3Store:
+        """For what is sent in a moment."""
+        return self._store(PATIENCE.seconds, retries=PATIENCE.attempts - 1)
+
+    @cached_property
+    def writes(self) -> S3Store:
+        """For what is sent in bulk."""
+        return self._store(PATIENCE.part_seconds, retries=PATIENCE.attempts - 1)
+
+    def _store(self, seconds: float, retries: int) -> S3Store:
+        endpoint = self.client.meta.endpoint_url
+        client: ClientConfig = {
+            "allow_http": endpoint.startswith("http://"),
+            "connect_timeout": timedelta(seconds=PATIENCE.connect_seconds),
+            "read_timeout": timedelta(seconds=seconds),
+            # It counts the whole body; silence is what `read_timeout` bounds.
+            "timeout": timedelta(days=7),
+        }
+        bundle = os.environ.get("AWS_CA_BUNDLE")
+        if bundle and endpoint.startswith("https://"):
+            client["root_certificate"] = Path(bundle).read_bytes()
+        return S3Store(
+            self._bucket,
+            # The environment's value would win over `endpoint`.
+            endpoint=endpoint,
+            aws_endpoint_url_s3=endpoint,
+            region=self.client.meta.region_name,
+            virtual_hosted_style_request=False,
+            credential_provider=_Credentials(self.client),
+            client_options=client,
+            retry_config={
+                "max_retries": retries,
+                "retry_timeout": timedelta(seconds=seconds * max(retries, 1)),
+                "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=2), "base": 2},
+            },
+        )
+
+
+def _connection(bucket: str, location: Location) -> _Connection:
+    """A bucket's clients, shared for a minute: after that, a login that somebody mended in ~/.aws counts."""
+    around = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    options = tuple(sorted(location.options.items()))
+    return _connected(bucket, location.scheme, options, around, os.getpid(), int(time.monotonic() // 60))
+
+
+@lru_cache(maxsize=8)
+def _connected(bucket: str, scheme: str, options: tuple[tuple[str, str], ...], *_of: object) -> _Connection:
+    return _Connection(bucket, Location(f"{scheme}://{bucket}", dict(options)))
+
+
 class _Credentials:
     """Hands botocore's credentials to obstore, fresh ones when they run out."""
 
@@ -316,11 +352,18 @@ class _Version:
             raise StoreUnavailable(f"{where} broke off after {offset} of {self.size} bytes. Try again.")
 
 
+def _is_other(content: bytes, etag: str | None) -> bool:
+    """Is it not what the etag says? An object that was encrypted has an etag that says nothing, and looks the same."""
+    promised = (etag or "").strip('"')
+    return len(promised) == 32 and hashlib.md5(content, usedforsecurity=False).hexdigest() != promised
+
+
 class _Stream:
-    """One GET."""
+    """One GET. A small object is compared with its etag: a record or a ledger has no digest of ours. While a piece is worked on, the next one is on its way."""
 
     def __init__(self, store: S3Store, key: str, offset: int) -> None:
         self._chunks: AsyncIterator[bytes] | None = None
+        self._coming: asyncio.Task[bytes | None] | None = None
         self._whole: bytes | None = None
         wait(lambda: self._open(store, key, offset))
 
@@ -329,8 +372,14 @@ class _Stream:
         self.etag, self.size = result.meta["e_tag"], result.meta["size"]
         if self.size - offset <= CHUNK_BYTES:
             self._whole = bytes(await result.bytes_async())
+            if not offset and _is_other(self._whole, self.etag) and await self._again(store, key) != self._whole:
+                raise StoreUnavailable(f"{key} arrived damaged. Try again; check the network.")
         else:
             self._chunks = aiter(result.stream(min_chunk_size=CHUNK_BYTES))
+            self._fetch_ahead(self._chunks)
+
+    async def _again(self, store: S3Store, key: str) -> bytes:
+        return bytes(await (await obstore.get_async(store, key)).bytes_async())
 
     def next(self) -> bytes | None:
         """The next piece, `None` at the end."""
@@ -341,6 +390,23 @@ class _Stream:
 
     async def _next(self) -> bytes | None:
         assert self._chunks is not None  # noqa: S101
-        async for chunk in self._chunks:
+        assert self._coming is not None  # noqa: S101
+        chunk = await self._coming
+        if chunk is not None:
+            self._fetch_ahead(self._chunks)
+        return chunk
+
+    def _fetch_ahead(self, chunks: AsyncIterator[bytes]) -> None:
+        self._coming = asyncio.create_task(self._read(chunks))
+        # Of a piece that nobody takes any more, asyncio would tell the failure on the terminal.
+        self._coming.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _read(self, chunks: AsyncIterator[bytes]) -> bytes | None:
+        async for chunk in chunks:
             return bytes(chunk)
         return None
+
+    def close(self) -> None:
+        """Give up what is still on its way."""
+        if self._coming is not None:
+            soon(self._coming.cancel)

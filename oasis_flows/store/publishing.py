@@ -51,11 +51,11 @@ def publish(
     meter = Meter(progress, *totals(_checked(output) if commit else _carriable(output)))
     store, manifest = files(location), workspace / "output.jsonl"
     store.delete([MANIFEST])
+    fresh = _is_fresh(store)
     store.write(RECORD, [PROVISIONAL], len(PROVISIONAL), last=True)
     with _tidied(store):
-        _abandon(store)
-        # In an object store the last requests of a process that died may still be on their way.
-        fresh = isinstance(store, Folder) and not _holds_data(store)
+        if not fresh:
+            _abandon(store)
         found = walk(output) if commit else _carriable(output, skipped)
         with closing(in_order(_PublishOne(store, output, meter, strict=commit), found, tick=meter.tick)) as entries:
             summary = write_manifest(_counted(entries, meter, skipped), manifest)
@@ -114,11 +114,17 @@ def _counted(entries: Iterable[Entry | UnsafeName], meter: Meter, skipped: Calla
             yield entry
 
 
-def _holds_data(store: Files) -> bool:
-    try:
-        return next(iter(store.list(DATA)), None) is not None
-    except Missing:
+def _is_fresh(store: Files) -> bool:
+    """Did nobody ever publish here? An attempt that had begun left its record, before its first file.
+
+    Whether there are files does not tell: in an object store the last requests of a process that died may still be on their way.
+    """
+    with suppress(Missing):
+        store.size(RECORD)
         return False
+    with suppress(Missing):
+        return next(iter(store.list(DATA)), None) is None
+    return True
 
 
 def _left_over(store: Files, manifest: Path) -> Iterator[str]:

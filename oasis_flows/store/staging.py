@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from ..errors import ChecksumMismatch, DatasetError, StoreFull
@@ -254,8 +255,8 @@ class _FetchOne:
     def _copy(self, wanted: Entry, accept: Entry | None = None) -> tuple[Entry, bool]:
         """Copy the file; it takes its place if it is right: as promised, or the same as `accept`."""
         promised_md5 = wanted.etag if wanted.sha256 is None and re.fullmatch("[0-9a-f]{32}", wanted.etag or "") else None
-        reading, part = Reading(self.meter, md5=promised_md5 is not None), self.parts / secrets.token_hex(8)
-        with translated(str(self.into / wanted.path), writing=True):
+        reading, part, target = Reading(self.meter, md5=promised_md5 is not None), self._new_part(), self.into / wanted.path
+        with translated(str(target), writing=True):
             try:
                 with part.open("xb") as file:
                     for chunk in reading.through(self.store.read(wanted.at or wanted.path, etag=wanted.etag)):
@@ -265,9 +266,26 @@ class _FetchOne:
                 right = got.bytes == wanted.bytes and reading.md5 == promised_md5 and wanted.sha256 in (None, got.sha256)
                 right = right or (accept is not None and got == accept)
                 if right:
-                    (self.into / wanted.path).parent.mkdir(parents=True, exist_ok=True)
                     checkpoint()
-                    part.replace(self.into / wanted.path)
-            finally:
+                    _move(part, target)
+                else:
+                    part.unlink()
+            except BaseException:
                 part.unlink(missing_ok=True)
+                raise
         return got, right
+
+    def _new_part(self) -> Path:
+        return self.parts / f"{_PROCESS}-{next(_numbers)}"
+
+
+_PROCESS, _numbers = secrets.token_hex(4), count()
+
+
+def _move(part: Path, target: Path) -> None:
+    try:
+        part.replace(target)
+    except FileNotFoundError:
+        # Its folder is made with its first file.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.replace(target)

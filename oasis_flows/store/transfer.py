@@ -254,6 +254,11 @@ def wait(start: Callable[[], Awaitable[T]]) -> T:
         raise
 
 
+def soon(call: Callable[[], object]) -> None:
+    """Have it called in the thread that `wait` lets its awaitables run in."""
+    _loop().call_soon_threadsafe(call)
+
+
 def in_order(
     function: Callable[[T], R],
     items: Iterable[T],

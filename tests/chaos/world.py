@@ -186,9 +186,10 @@ def _published(files: Mapping[str, bytes]) -> dict[str, bytes]:
         {"path": path, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for path, data in sorted(files.items())
     ]
     manifest = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    digest = hashlib.sha256(manifest.encode()).hexdigest()
     return {
         "log.txt": b"",
-        "task.json": json.dumps({"oasis_flows": 1, "status": "Succeeded"}).encode(),
+        "task.json": json.dumps({"oasis_flows": 1, "status": "Succeeded", "output": {"manifest_digest": digest}}).encode(),
         "manifest.jsonl": manifest.encode(),
     }
 

@@ -14,8 +14,8 @@ import pytest
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.context import SettingsContext
-from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY
+from prefect.context import SettingsContext, SyncClientContext
+from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from oasis_flows import backoff, heartbeat, saving
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
@@ -24,6 +24,7 @@ from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.machine import stand_in
 from oasis_flows.testing import FakeEngine
 from tests.servers.engine import eventually
+from tests.servers.faultproxy import between
 from tests.servers.prefect import ROOT, PrefectServer
 
 
@@ -101,6 +102,41 @@ def test_settings_without_the_heartbeat_are_the_same_in_all_else(prefect_server:
     assert theirs["flows"].pop("heartbeat_frequency") is not None
     assert mine["flows"].pop("heartbeat_frequency") is None
     assert mine == theirs
+
+
+def test_calls_in_a_thread_have_one_client_which_is_in_use_by_nobody_else(prefect_server: PrefectServer):
+    seen = []
+
+    @document_flow(name="client")
+    def asks() -> None:
+        seen.append(get_client(sync_client=True))
+
+    asks()
+    asks()
+    elsewhere = threading.Thread(target=asks)
+    elsewhere.start()
+    elsewhere.join()
+    with temporary_settings({PREFECT_API_URL: prefect_server.url.replace("127.0.0.1", "localhost") + "/api"}):
+        asks()
+    assert SyncClientContext.get() is None
+    with SyncClientContext.get_or_create() as callers:
+        asks()
+
+    first, second, in_a_thread, with_another_address, within = seen
+    assert first is second
+    assert len({id(each) for each in (first, in_a_thread, with_another_address, within)}) == 4
+    assert within is callers.client
+
+
+def test_a_kept_client_bears_that_its_connections_are_gone(prefect_server: PrefectServer):
+    @document_flow(name="again")
+    def again() -> int:
+        return 1
+
+    with between(prefect_server.port) as proxy, temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{proxy.port}/api"}):
+        assert again() == 1
+        assert proxy.drop()
+        assert again() == 1
 
 
 def test_a_document_that_is_made_like_another_is_what_prefect_would_save(prefect_server: PrefectServer):

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from oasis_flows import ledger
-from oasis_flows.errors import DatasetError, DuplicateName
+from oasis_flows.errors import DatasetError, DuplicateName, StoreUnavailable
 from oasis_flows.manifest import Entry, Tally, sort_key, to_line
 from oasis_flows.schedule import Attempt, Ending
 from oasis_flows.sharding import by_count
 from oasis_flows.store import Location, changes, merge, read_manifest, read_slice, save_listing, write_listing
+from oasis_flows.store.folder import Folder
 
 SHA = "0" * 64
 
@@ -49,6 +50,32 @@ def test_a_slice_that_is_not_there_is_an_error(saved, start, end):
         list(read_slice(Location(str(saved[1] / "there")), start, end))
 
 
+def test_a_listing_whose_bytes_are_others_is_an_error_where_they_are(saved, tmp_path):
+    save_listing(saved[1] / "here", Location(str(tmp_path)))
+    content = bytearray((tmp_path / "listing.jsonl").read_bytes())
+    content[-20] ^= 1
+    (tmp_path / "listing.jsonl").write_bytes(content)
+
+    assert list(read_slice(Location(str(tmp_path)), 0, 768)) == entries(1000)[:768]
+    with pytest.raises(DatasetError, match="another than was saved") as caught:
+        list(read_slice(Location(str(tmp_path)), 768, 770))
+    assert not caught.value.transient
+
+
+def test_a_listing_that_arrives_damaged_may_arrive_whole_later(saved, tmp_path, monkeypatch):
+    really_read, times = Folder.read, []
+
+    def damaged(self, name, **more):
+        times.append(name)
+        for chunk in really_read(self, name, **more):
+            yield chunk.replace(b"00003", b"00007") if times.count("listing.jsonl") == 1 else chunk
+
+    monkeypatch.setattr(Folder, "read", damaged)
+    with pytest.raises(StoreUnavailable, match="arrived damaged"):
+        list(read_slice(Location(str(saved[1] / "there")), 0, 10))
+    assert list(read_slice(Location(str(saved[1] / "there")), 0, 10)) == entries(10)
+
+
 def test_what_changed_is_told(saved, tmp_path):
     now = [Entry("0-new", 1), *entries(1000)[1:500], Entry("00500-ä.txt", 7), *entries(1000)[501:]]
     write_listing(now, tmp_path)
@@ -78,7 +105,7 @@ def test_many_manifests_become_one_that_points_at_all_files(names, count):
         root = Path(folder)
         for part in range(count):
             publish(root, f"shards/{part}", plain[part::count])
-        summary = merge(Location(folder), [f"shards/{part}" for part in range(count)], root / "manifest.jsonl")
+        summary = merge(Location(folder), {f"shards/{part}": None for part in range(count)}, root / "manifest.jsonl")
         merged = list(read_manifest(root / "manifest.jsonl"))
 
     assert [entry.path for entry in merged] == sorted(plain, key=sort_key)
@@ -92,7 +119,7 @@ def test_many_manifests_become_one_that_points_at_all_files(names, count):
 def test_more_parts_than_files_may_be_open_are_merged(tmp_path):
     for part in range(200):
         publish(tmp_path, f"shards/{part}", [f"{199 - part:03}", f"x{part:03}"])
-    summary = merge(Location(str(tmp_path)), [f"shards/{part}" for part in range(200)], tmp_path / "manifest.jsonl")
+    summary = merge(Location(str(tmp_path)), {f"shards/{part}": None for part in range(200)}, tmp_path / "manifest.jsonl")
 
     assert summary.file_count == 400
     assert [entry.path for entry in read_manifest(tmp_path / "manifest.jsonl")][:3] == ["000", "001", "002"]
@@ -103,7 +130,7 @@ def test_a_name_in_two_parts_is_an_error_that_names_both(tmp_path):
     publish(tmp_path, "shards/1.0", ["b", "same"])
 
     with pytest.raises(DuplicateName, match=r"The parts shards/0 and shards/1\.0 both wrote 'same'"):
-        merge(Location(str(tmp_path)), ["shards/0", "shards/1.0"], tmp_path / "manifest.jsonl")
+        merge(Location(str(tmp_path)), {"shards/0": None, "shards/1.0": None}, tmp_path / "manifest.jsonl")
 
 
 def test_the_ledger_gives_back_what_was_written_and_passes_over_what_a_crash_cut(tmp_path):
