@@ -207,7 +207,9 @@ class LogFollower:
         self._writer.start()
 
     def ended(self, seconds: float) -> None:
-        """The container has ended: take the rest, for so many seconds after the last byte at most, and return."""
+        """The container has ended: take the rest, for so many seconds after now and after the last byte at most, and return."""
+        # One that said nothing for long before its end has its last words still to come.
+        self._touched = time.monotonic()
         self._over.set()
         while self._reader.is_alive():
             self._reader.join(0.2)

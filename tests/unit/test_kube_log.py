@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import contextmanager
 from datetime import datetime
 
 from hypothesis import given, settings, strategies as st
 
-from oasis_flows.engines.kube_log import Spool, Stamped
+from oasis_flows.engines.docker_output import Delivery
+from oasis_flows.engines.kube_log import LogFollower, Spool, Stamped
 
 
 def stamp(nanoseconds: int, zone: str = "Z") -> bytes:
@@ -125,3 +129,34 @@ def test_a_pause_that_was_waited_for_is_no_gap(monkeypatch):
     moment += 60
     log.feed(written(60, 10))
     assert log.gap_seconds == 0
+
+
+class LateWords:
+    """In the place of the API: a log that says nothing until its container has ended, and a second after that its last words."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self._told = [stamp(0) + b"last words\n"]
+
+    @contextmanager
+    def stream(self, _path, _query):
+        yield self
+
+    def read1(self, _size):
+        self.over.wait(30)
+        time.sleep(1.0 if self._told else 0)
+        return self._told.pop() if self._told else b""
+
+    def shutdown(self):
+        self._told.clear()
+
+
+def test_the_last_words_of_who_was_silent_for_long_are_waited_for():
+    api, got = LateWords(), []
+    follower = LogFollower(api, "path", "main", Delivery(lambda _, data: got.append(data), None), 60.0)
+    follower._touched -= 3600
+    follower.start()
+    api.over.set()
+    follower.ended(20.0)
+
+    assert (b"".join(got), follower.lost) == (b"last words\n", "")
