@@ -10,6 +10,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import PEERS, warm
 from benchmarks.surroundings import IMAGE, container, make_files, program, run
 from benchmarks.table import Row, difference, in_turns, said
 from oasis_flows import lifecycle, store, tasks
@@ -41,9 +42,10 @@ def rows(folder: Path, *, quick: bool) -> Iterator[Row]:
     def ours() -> None:
         algorithm_task(algorithm, dataset, store=target)
 
-    peers = {} if quick else dict(_peers(folder))
-    names = ["`docker run` with the same limits", *peers]
-    with _stages() as stages:
+    with ExitStack() as around:
+        peers = {} if quick else {**dict(_cwltool(folder)), **around.enter_context(warm(folder / "peers"))}
+        names = ["`docker run` with the same limits", *peers]
+        stages = around.enter_context(_stages())
         found = in_turns(5 if quick else 15, ours, lambda: run(*container("true")), prefects_own(), *peers.values(), warm_up=2)
     whole, bare, prefect, *others = found
     extra = difference(whole, bare)
@@ -72,11 +74,9 @@ def rows(folder: Path, *, quick: bool) -> Iterator[Row]:
             theirs=str(series),
             figure=f"{said(difference(series, bare))} more than `docker run`",
         )
-    for name in ("Airflow's DockerOperator", "Dagster's docker pipes"):
-        yield Row(what=f"peer: {name}", ours="", figure="not measured: it needs a scheduler and a database of its own")
-    if "cwltool" not in peers:
+    for name in sorted({"cwltool", *PEERS} - set(peers)):
         why = "not by `--quick`" if quick else "it is not on the PATH, nor in BENCH_PATH"
-        yield Row(what="peer: cwltool", ours="", figure=f"not measured: {why}")
+        yield Row(what=f"peer: {name}", ours="", figure=f"not measured: {why}")
 
 
 def prefects_own() -> Callable[[], object]:
@@ -126,7 +126,7 @@ def _part(what: str, seconds: float) -> Row:
     return Row(what=f"· of which {what}", ours=said(seconds), figure="")
 
 
-def _peers(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+def _cwltool(folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     if cwltool := program("cwltool"):
         tool = folder / "true.cwl"
         lines = [

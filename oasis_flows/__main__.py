@@ -207,8 +207,6 @@ def _train_parser(train: argparse.ArgumentParser) -> None:
     check.set_defaults(action="train_check")
     run = verbs.add_parser("run", help="let a train visit a station, here and now")
     run.add_argument("--station", required=True, metavar="NAME", help="name of a Station document")
-    run.add_argument("--track-info", metavar="TEXT", help="text for the train about its route")
-    run.add_argument("--user-data", metavar="TEXT", help="text for the train from whoever sends it")
     run.add_argument("--follow", action="store_true", help="show the log while it happens")
     run.set_defaults(action="train_run")
     route = verbs.add_parser("route", help="let a train visit stations one after another, each on its own work pool")
@@ -227,6 +225,9 @@ def _train_parser(train: argparse.ArgumentParser) -> None:
             metavar="GENERATION",
             help="0.x, V1 or 1.0 (default: auto, the train is asked)",
         )
+    for parser in (run, route):
+        parser.add_argument("--track-info", metavar="TEXT", help="text for the train about its route")
+        parser.add_argument("--user-data", metavar="TEXT", help="text for the train from whoever sends it")
     verify = verbs.add_parser("verify", help="check the record of a train's visits, offline")
     verify.add_argument(
         "what", metavar="IMAGE_OR_DIR", help="an image of this engine, an archive of `docker save`, or a visit's folder"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from .job import counted, human_bytes
 from .ledger import Row
 from .manifest import Summary
 from .plan import SHARDS
-from .record import RECORD_VERSION, document, loosened, oasis_status
+from .record import RECORD_VERSION, document, loosened, oasis_status, package_version
 from .schedule import Ending
 from .store import Published
 from .verdict import Verdict
@@ -37,7 +36,7 @@ def batch_json(
     done, failed = done_rows(rows), failed_rows(rows)
     return {
         "oasis_flows": RECORD_VERSION,
-        "package_version": version("oasis-flows"),
+        "package_version": package_version(),
         "status": oasis_status(verdict),
         "verdict": verdict.to_json(),
         "flow_run": {**flow_run, "attempt": plan.attempt},

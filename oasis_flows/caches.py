@@ -4,7 +4,7 @@
     <home>/caches/<key>.….new/    being made by whoever holds the lock; under a name of its own, for a container whose owner
                                   died may still write to another
     <home>/caches/<key>.lock      locked by who makes it, so that two runs at once make it once, and shared by those who use it;
-                                  its time is that of the last use
+                                  its time is that of the last use; removed with the folder
 
 What nobody has used for long is removed by `reap`. A folder may be deleted whenever no container has it mounted, too; the next
 run makes it anew.
@@ -44,23 +44,19 @@ def held(root: Path, name: str, fill: Callable[[Path], bool], waiting: Callable[
     Raises:
         StoreFull: the folder cannot be made.
     """
-    kept = root / name
+    kept, lock = root / name, root / f"{name}.lock"
     with room_for(root):
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(root / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        there = True
-        _lock(descriptor, fcntl.LOCK_SH, waiting)
-        while there and not kept.is_dir():
-            _lock(descriptor, fcntl.LOCK_EX, waiting)
-            there = kept.is_dir() or _made(kept, fill)
-            # What has just been used is not reaped, though for a moment nobody has it locked.
-            os.utime(descriptor)
-            _lock(descriptor, fcntl.LOCK_SH, waiting)
-        os.utime(descriptor)
-        yield kept if there else None
-    finally:
-        os.close(descriptor)
+    while True:
+        with room_for(root):
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            with suppress(_Gone):
+                there = _prepared(descriptor, lock, kept, fill, waiting)
+                yield kept if there else None
+                return
+        finally:
+            os.close(descriptor)
 
 
 def reap(root: Path, keep_seconds: float) -> tuple[str, ...]:
@@ -71,19 +67,40 @@ def reap(root: Path, keep_seconds: float) -> tuple[str, ...]:
     return tuple(lock.stem for lock in sorted(root.glob("*.lock")) if _forgotten(lock, keep_seconds))
 
 
+class _Gone(Exception):
+    """The lock was removed while it was waited for: it says nothing about its successor."""
+
+
+def _prepared(descriptor: int, lock: Path, kept: Path, fill: Callable[[Path], bool], waiting: Callable[[], None]) -> bool:
+    """Have the folder there, unless it cannot be made, and the lock shared."""
+    there = True
+    _lock(descriptor, lock, fcntl.LOCK_SH, waiting)
+    while there and not kept.is_dir():
+        _lock(descriptor, lock, fcntl.LOCK_EX, waiting)
+        there = kept.is_dir() or _made(kept, fill)
+        # What has just been used is not reaped, though for a moment nobody has it locked.
+        os.utime(descriptor)
+        _lock(descriptor, lock, fcntl.LOCK_SH, waiting)
+    os.utime(descriptor)
+    return there
+
+
 def _forgotten(lock: Path, keep_seconds: float) -> bool:
     kept = lock.with_suffix("")
     with suppress(OSError), lock.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if time.time() - os.fstat(file.fileno()).st_mtime < keep_seconds:
+        seen = os.fstat(file.fileno())
+        if not os.path.samestat(seen, lock.stat()) or time.time() - seen.st_mtime < keep_seconds:
             return False
         for abandoned in lock.parent.glob(f"{kept.name}.*.new"):
             delete(abandoned)
-        if kept.is_dir():
+        found = kept.is_dir()
+        if found:
             # Whole or not there, even if this process dies half-way.
             going = kept.rename(kept.with_name(f"{kept.name}.{token_hex(4)}.new"))
             delete(going)
-            return True
+        lock.unlink()
+        return found
     return False
 
 
@@ -101,12 +118,16 @@ def _made(kept: Path, fill: Callable[[Path], bool]) -> bool:
     return True
 
 
-def _lock(descriptor: int, how: int, waiting: Callable[[], None]) -> None:
+def _lock(descriptor: int, lock: Path, how: int, waiting: Callable[[], None]) -> None:
     told = False
     while True:
         try:
             fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), lock.stat()):
+                raise _Gone
             return
+        except FileNotFoundError:
+            raise _Gone from None
         except BlockingIOError:
             if not told:
                 waiting()

@@ -12,9 +12,10 @@ from typing import Protocol
 
 from prefect.logging import get_run_logger
 
+from . import reservations
 from .artifacts import show_waiting
 from .batching import Batch, demand_of, places
-from .capacity import described
+from .capacity import Vector, described
 from .errors import EngineError, EngineUnavailable, OasisError
 from .ledger import Ledger
 from .machine import nodes_now, open_engine
@@ -32,8 +33,8 @@ _POLL_SECONDS = 0.2
 class FanOut(Protocol):
     """Where attempts at shards are made."""
 
-    def room(self) -> int:
-        """How many attempts may be under way at once, now."""
+    def room(self, wanted: int) -> int:
+        """How many attempts may be under way at once, now, of so many that could be."""
         ...
 
     def start(self, attempt: Attempt) -> None:
@@ -53,7 +54,7 @@ def carry_out(schedule: Schedule, fan_out: FanOut, tell: Callable[[Outcome, bool
     """
     stopped_by: OasisError | None = None
     while not schedule.finished:
-        room = fan_out.room()
+        room = fan_out.room(schedule.wanted)
         while schedule.running < room and (attempt := schedule.start(time.monotonic())):
             fan_out.start(attempt)
         for attempt, outcome in fan_out.ended():
@@ -73,18 +74,18 @@ class InProcess:
     def __init__(self, shards: Shards, pool: ThreadPoolExecutor, settings: Settings) -> None:
         self._shards, self._pool, self._settings = shards, pool, settings
         self._ended: SimpleQueue[tuple[Attempt, Outcome]] = SimpleQueue()
-        self._outcomes: dict[str, Outcome] = {}
-        self._room, self._looked, self._waits = 0, 0.0, ""
+        self._room, self._fit, self._looked, self._waits = 0, 0, 0.0, ""
         self._running = 0
 
-    def room(self) -> int:
+    def room(self, wanted: int) -> int:
         """As many attempts as containers fit into what others leave, looked at every two seconds, and some ahead."""
-        if not self._looked or time.monotonic() - self._looked >= LOOK_SECONDS:
-            self._look()
-            self._shards.places.allow(self._room)
+        due = not self._looked or time.monotonic() - self._looked >= LOOK_SECONDS
+        if due or self._room < min(wanted, self._fit):
+            with reservations.counting(self._settings.home):
+                self._look(wanted)
         return self._room + min(self._room, MOST_AHEAD)
 
-    def _look(self) -> None:
+    def _look(self, wanted: int) -> None:
         self._looked = time.monotonic()
         batch = self._shards.batch
         try:
@@ -92,12 +93,22 @@ class InProcess:
         except EngineUnavailable as error:
             # Containers that run are watched by those who are patient with it; more are started when it is back.
             self._wait_for(f"the container engine does not answer: {error}")
-            self._room = 0
+            self._fit = 0
+            self._take(0)
             return
         count, found = places(batch.plan, nodes, batch.options, self._settings.headroom)
-        self._room = min(count, MOST_AT_ONCE)
+        self._fit = min(count, MOST_AT_ONCE)
+        self._take(min(self._fit, wanted))
+        if len(nodes) == 1 and (each := demand_of(batch.plan).on(nodes[0])):
+            # Those that run already go on, however little is free.
+            amount = Vector(*(max(self._room, self._shards.places.taken) * part for part in each))
+            reservations.reserve(self._shards.workspace, amount)
         have = "; ".join(described(node, self._settings.headroom) for node in nodes[:10])
         self._wait_for("" if count else f"too few {found.limit} are free for {demand_of(batch.plan)}: {have}")
+
+    def _take(self, room: int) -> None:
+        self._room = room
+        self._shards.places.allow(room)
 
     def _wait_for(self, what: str) -> None:
         text = f"The batch waits: {what}. It looks again every {LOOK_SECONDS:g} seconds." if what else "The batch goes on."
@@ -116,14 +127,14 @@ class InProcess:
             f"The task of shard {attempt.shard.name} ended without a word. See the log of its task run."
         )
         try:
-            run_shard(self._shards, attempt, self._outcomes, return_state=True)
+            run_shard(self._shards, attempt, return_state=True)
         except Exception as other:  # noqa: BLE001 - Prefect's own trouble with a task
             error = EngineError(
                 f"The task of shard {attempt.shard.name} could not be run. The cause: {type(other).__name__}: {other}"
             )
         finally:
             lost = Outcome(Ending.UNKNOWN, self._shards.unknown(attempt, error), error)
-            self._ended.put((attempt, self._outcomes.pop(attempt.shard.name, lost)))
+            self._ended.put((attempt, self._shards.outcomes.pop(attempt.shard.name, lost)))
 
     def ended(self) -> Iterator[tuple[Attempt, Outcome]]:
         """Those that have ended since."""
@@ -158,6 +169,8 @@ def in_process(shards: Shards, settings: Settings) -> Iterator[InProcess]:
         except BaseException:
             fan_out.stop()
             raise
+        finally:
+            reservations.release(shards.workspace)
 
 
 def schedule_of(batch: Batch, ledger: Ledger) -> Schedule:

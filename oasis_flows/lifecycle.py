@@ -32,7 +32,7 @@ from .log import last_lines
 from .machine import open_engine
 from .manifest import Summary
 from .plan import Plan
-from .reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE, abandon_uploads, gone, reap, remove_rest
+from .reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE, abandon_uploads, gone, may_return, reap, remove_rest
 from .record import Account
 from .settings import Settings
 from .tasks import MARKER_PUBLISHED, MARKER_RUN, stage_seconds
@@ -101,12 +101,17 @@ def _opened(here: Settings) -> AbstractContextManager[Workspace]:
 
 
 def _settle(workspace: Workspace, account: Account, here: Settings, error: OasisError | None) -> None:
-    """Take down what the workspace knows, and empty it, unless a retry of the run that `error` ended can go on from it."""
+    """Take down what the workspace knows, and empty it, unless a retry of the run that `error` ended can go on from it.
+
+    Nobody tries the run of a shard again: its batch makes another, perhaps on another machine.
+    """
     account.seconds, account.tail = stage_seconds(workspace), last_lines(workspace.log, 30)
     if published := workspace.done(MARKER_PUBLISHED):
         account.published = Summary(**published["summary"])
         account.files = first_files(workspace.published_manifest)
-    if error is not None and ((error.transient and workspace.is_resumable) or _unpublished(workspace, error)):
+    is_shard = account.plan is not None and account.plan.part is not None
+    resumable = error is not None and ((error.transient and workspace.is_resumable) or _unpublished(workspace, error))
+    if resumable and not is_shard:
         kept = "What is done so far is kept for %g hours in %s; a retry of this run goes on from there."
         get_run_logger().warning(kept, here.keep_seconds / 3600, workspace.path)
     elif not workspace.clear():
@@ -157,8 +162,8 @@ def clean_up(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None
     """Remove what a cancelled or crashed run may have left on this machine. Prefect calls it with exactly these names."""
     here = settings.current()
     abandon_uploads(flow_run)
-    # A crashed run of a deployment can be retried, and then finds its workspace.
-    remove_rest(flow_run, here, folder=not state.is_crashed() or flow_run.deployment_id is None)
+    # A crashed run that can be retried then finds its workspace.
+    remove_rest(flow_run, here, folder=not (state.is_crashed() and may_return(flow_run)))
     if state.is_crashed():
         with get_client(sync_client=True) as client:
             tell_failure(client, flow_run.id, flow_run.name, gone(flow_run))

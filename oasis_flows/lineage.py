@@ -24,7 +24,7 @@ PAYLOAD_TYPE = "application/vnd.oasis-flows.train-link+json"
 LINK_VERSION = 1
 PREFIX = "io.oasis.train."
 LABEL_CHAIN = f"{PREFIX}chain"
-# What of an image's configuration decides what it does. Its history and its times have no effect.
+# What of an image's configuration decides what it does.
 _EFFECTIVE = (
     "Env", "Cmd", "Entrypoint", "User", "WorkingDir", "ExposedPorts", "Volumes", "StopSignal", "Healthcheck", "Shell", "OnBuild",
 )  # fmt: skip
@@ -32,10 +32,15 @@ _EFFECTIVE = (
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What an image is, as far as it has an effect: its configuration, and its layers by the digests of their bytes."""
+    """What an image is: its configuration, its layers by the digests of their bytes, and what it says of its making.
+
+    The platform is `os/architecture`. The history has a step's command and comment, oldest first. Times are no part of it.
+    """
 
     config: Mapping[str, Any]
     layers: tuple[str, ...]
+    platform: str = ""
+    history: tuple[tuple[str, str], ...] = ()
 
     @property
     def chain(self) -> str:
@@ -47,7 +52,14 @@ class Content:
         """Tells one content from another, whatever the chain in it says."""
         effective: dict[str, Any] = {name: self.config[name] for name in _EFFECTIVE if self.config.get(name)}
         labels = {name: text for name, text in (self.config.get("Labels") or {}).items() if name != LABEL_CHAIN}
-        return digest_of(canonical({"config": effective, "labels": labels, "layers": list(self.layers)}))
+        said = {"platform": self.platform, "history": self.history}
+        return digest_of(canonical({"config": effective, "labels": labels, "layers": self.layers, **said}))
+
+
+def steps(rows: Iterable[Mapping[str, Any]], command: str, comment: str) -> tuple[tuple[str, str], ...]:
+    """A history, oldest first, of rows with these keys. What says nothing is left out: engines make such rows themselves."""
+    told = ((str(row.get(command) or ""), str(row.get(comment) or "")) for row in rows)
+    return tuple(step for step in told if any(step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,5 +236,6 @@ def check_content(content: Content, last: Mapping[str, Any]) -> None:
         )
     if content.digest != last["successor"]["content"]:
         raise ChainBroken(
-            "The configuration of the image is not the one that left the last station. Its command, environment or labels were changed."
+            "The configuration of the image is not the one that left the last station. Its command, environment, labels, platform or "
+            "history were changed."
         )

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from dataclasses import replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from prefect.logging import get_run_logger
 from prefect_docker.credentials import DockerRegistryCredentials
 from prefect_docker.host import DockerHost
 
-from .capacity import Node
+from . import reservations
+from .capacity import Node, Vector
 from .engines import Engine, ImageEngine
 from .errors import DescriptionError, UnsupportedByEngine
 from .job import RegistryLogin
@@ -168,13 +170,21 @@ def _login(document: str) -> RegistryLogin:
 def nodes_now(settings: Settings, without: str | None = None) -> tuple[Node, ...]:
     """What there is to run containers on now; of the run `without` nothing is counted as requested.
 
+    What other batches have reserved counts, where there is one machine. Among many, their scheduler is the judge.
+
     Raises:
         DescriptionError: the file that the settings name cannot be read, or is no snapshot.
         EngineUnavailable: the engine does not answer.
     """
-    if settings.capacity is None:
-        return open_engine(settings).nodes(without=without)
-    return read_nodes(settings.capacity)
+    others = {} if settings.engine == "kubernetes" else reservations.reserved(settings.workspaces, without)
+    if settings.capacity is not None:
+        nodes = read_nodes(settings.capacity)
+    else:
+        nodes = open_engine(settings).nodes(without=[*others, *([without] if without else [])])
+    if len(nodes) != 1:
+        return nodes
+    requested = reduce(Vector.plus, others.values(), nodes[0].requested)
+    return (replace(nodes[0], requested=requested),)
 
 
 def read_nodes(path: Path) -> tuple[Node, ...]:

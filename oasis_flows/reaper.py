@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from socket import gethostname
 from typing import Any
 from uuid import UUID
@@ -27,7 +28,8 @@ from . import caches, documents, lease, store, workspace
 from .artifacts import tell_failure
 from .blocks import DatasetStore
 from .errors import EngineUnavailable, ProcessGone
-from .machine import open_engine
+from .fetched import fetched
+from .machine import image_engine, open_engine
 from .plan import options_of
 from .settings import Settings
 from .store import Location
@@ -35,6 +37,8 @@ from .verdict import Verdict, judge
 from .workspace import Workspace
 
 LABEL_HOST, LABEL_OUTPUT, LABEL_STORE = "oasis.host", "oasis.output", "oasis.store"
+# Begins the tag of a run that is a shard of a batch, whose id follows.
+SHARD_TAG = "batch:"
 PROCESS_GONE = "The process that ran it is gone: it was killed, or its worker was stopped. What it left is removed."
 # A run whose last step has failed holds its lease no longer, and Prefect may learn of that late.
 SILENCE_SECONDS = 30.0
@@ -75,7 +79,7 @@ def reap(settings: Settings, *, now: bool = False) -> Reaped:
             runs = _tell_ends(settings, min(window, SILENCE_SECONDS))
     return Reaped(
         containers=containers,
-        workspaces=workspace.reap(settings.workspaces, settings.keep_seconds),
+        workspaces=workspace.reap(settings.workspaces, settings.keep_seconds, partial(_drop_fetched, settings)),
         runs=runs,
         caches=caches.reap(settings.caches, settings.keep_caches_seconds),
     )
@@ -124,11 +128,13 @@ def _running(ids: Sequence[UUID]) -> list[FlowRun]:
         return []
     running = FlowRunFilter(
         id=FlowRunFilterId(any_=list(ids)),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING])),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED])),
     )
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(flow_run_filter=running)
-    return [run for run in found if run.labels.get(LABEL_HOST, gethostname()) == gethostname()]
+    # One that is paused waits in its process; one that is suspended has none.
+    awake = [run for run in found if run.state is not None and not run.state.state_details.pause_reschedule]
+    return [run for run in awake if run.labels.get(LABEL_HOST, gethostname()) == gethostname()]
 
 
 def _tell_ends(settings: Settings, silence_seconds: float) -> tuple[str, ...]:
@@ -147,8 +153,7 @@ def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> bool:
         # The owner that died may have been that of an earlier attempt, and the one of this attempt is only on its way here.
         if not dead or run.state is None or lease.attempt_of(place.lease) != run.run_count:
             return False
-        cancelled, may_return = run.state.is_cancelling(), run.deployment_id is not None
-        verdict = gone(run)
+        cancelled, verdict = run.state.is_cancelling(), gone(run)
         state: State[Any] = (
             Cancelled(message=verdict.sentence) if cancelled else Crashed(message=f"{verdict.sentence} {verdict.advice}")
         )
@@ -158,15 +163,20 @@ def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> bool:
             with _noted("The failure of run %s could not be told", run.id):
                 tell_failure(client, run.id, run.name, verdict)
     abandon_uploads(run)
-    if cancelled or not may_return:
+    if cancelled or not may_return(run):
         # Nobody comes back for what it left.
         remove_rest(run, settings)
     return True
 
 
+def may_return(run: FlowRun) -> bool:
+    """Can the run be tried again, and find what it left? A batch does not try the run of a shard again: it makes another."""
+    return run.deployment_id is not None and not any(tag.startswith(SHARD_TAG) for tag in run.tags)
+
+
 def gone(run: FlowRun) -> Verdict:
     """What there is to say of a run whose process is gone."""
-    again = f" Run it again: prefect flow-run retry {run.id}" if run.deployment_id is not None else ""
+    again = f" Run it again: prefect flow-run retry {run.id}" if may_return(run) else ""
     return judge(ProcessGone(PROCESS_GONE + again))
 
 
@@ -183,7 +193,14 @@ def remove_rest(run: FlowRun, settings: Settings, *, folder: bool = True) -> Non
             open_engine(settings).reap(str(run.id))
     with _noted("The workspace of run %s may be left behind", run.id):
         if folder:
-            place.remove_abandoned(0)
+            place.remove_abandoned(0, partial(_drop_fetched, settings))
+
+
+def _drop_fetched(settings: Settings, place: Workspace) -> None:
+    """Take out of the engine what a dead visit of a train had fetched; most runs are none."""
+    with _noted("Images that run %s had fetched may be left behind", place.run_id):
+        for name in fetched(place):
+            image_engine(settings).forget(name)
 
 
 def abandon_uploads(run: FlowRun) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +19,12 @@ from .plan import Plan
 from .verdict import SILENT, Verdict
 
 RECORD_VERSION = 1
+
+
+@cache
+def package_version() -> str:
+    """This package's version; it is read from a file, once."""
+    return version("oasis-flows")
 
 
 def task_json(
@@ -36,7 +43,7 @@ def task_json(
     """The record of a run. Of the environment it has names only, of secrets the names of their blocks."""
     return {
         "oasis_flows": RECORD_VERSION,
-        "package_version": version("oasis-flows"),
+        "package_version": package_version(),
         "status": oasis_status(verdict),
         "verdict": verdict.to_json(),
         "flow_run": {**flow_run, "attempt": plan.attempt},

@@ -86,6 +86,11 @@ class Schedule:
         left = self._halves or self._later or self._next < len(self._order)
         return not self.running and (self.stopped or not left)
 
+    @property
+    def wanted(self) -> int:
+        """How many attempts could be under way at once, if there were room: those that are, and all that are left."""
+        return self.running + len(self._halves) + len(self._later) + len(self._order) - self._next
+
     def start(self, now: float) -> Attempt | None:
         """The attempt to make next; `None` where there is none at this time. The caller tells how it `ended`."""
         attempt = None if self.stopped else self._due(now)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,11 @@ class Places:
             self._most = most
             self._change.notify_all()
 
+    @property
+    def taken(self) -> int:
+        """How many run."""
+        return self._taken
+
     @contextmanager
     def one(self, go_on: Callable[[], None]) -> Iterator[None]:
         """Hold a place for the time of the block; `go_on` may raise while it is waited for."""
@@ -77,21 +82,21 @@ class Places:
                 self._change.notify()
 
 
-@dataclass(eq=False, slots=True)
 class Shards:
     """What attempts at the shards of one batch have in common. Safe to use from many threads.
 
     With `whole`, the folder of the whole dataset, nothing is staged: that is what containers see. Once `stop` is set, an
-    attempt ends as soon as its container has, and nothing of it counts.
+    attempt ends as soon as its container has, and nothing of it counts. `outcomes` has what came of each shard's last attempt.
+
+    No dataclass: Prefect looks through all fields of those that a task is given, and through theirs, for results of other tasks.
     """
 
-    batch: Batch
-    workspace: Workspace
-    settings: Settings
-    ledger: Ledger
-    whole: Path | None = None
-    stop: threading.Event = field(default_factory=threading.Event)
-    places: Places = field(default_factory=Places)
+    def __init__(
+        self, batch: Batch, workspace: Workspace, settings: Settings, ledger: Ledger, whole: Path | None = None
+    ) -> None:
+        self.batch, self.workspace, self.settings, self.ledger, self.whole = batch, workspace, settings, ledger, whole
+        self.stop, self.places = threading.Event(), Places()
+        self.outcomes: dict[str, Outcome] = {}
 
     def attempt(self, attempt: Attempt) -> Outcome:
         """Make the attempt. A shard that is done is in the ledger; one that failed is for the caller to write down.
@@ -200,10 +205,10 @@ def ending_of_reason(reason: Reason) -> Ending:
 
 
 @task(name="shard", task_run_name="shard-{attempt.shard.name}", cache_policy=NO_CACHE, persist_result=False)
-def run_shard(shards: Shards, attempt: Attempt, outcomes: dict[str, Outcome]) -> State[Any] | None:
-    """Make an attempt at a shard, and leave what came of it in `outcomes` under the shard's name."""
+def run_shard(shards: Shards, attempt: Attempt) -> State[Any] | None:
+    """Make an attempt at a shard, and leave what came of it in `shards.outcomes` under the shard's name."""
     try:
-        outcome = outcomes[attempt.shard.name] = shards.attempt(attempt)
+        outcome = shards.outcomes[attempt.shard.name] = shards.attempt(attempt)
     except Interrupted:
         return Failed(message="The batch ended before this shard did.")
     if outcome.error is None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -118,7 +118,7 @@ class FakeEngine:
         """There is never anything to come back to."""
         return False
 
-    def nodes(self, *, without: str | None = None) -> tuple[Node, ...]:  # noqa: ARG002
+    def nodes(self, *, without: Collection[str] = ()) -> tuple[Node, ...]:  # noqa: ARG002
         """One machine, as large as the constructor was told; nobody else is on it."""
         return (Node(name="fake", allocatable=Vector(round(self._cpus * 1000), self._memory_bytes, self._gpus, 1 << 20)),)
 

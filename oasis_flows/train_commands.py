@@ -16,11 +16,14 @@ from uuid import uuid4
 from prefect.client.schemas.objects import State
 
 from . import documents, lineage, settings, visit_record
+from .asking import Train, check_inside, describe, summarise
 from .blocks import Station
 from .engines.image_archive import read_archive, read_layers
 from .errors import ChainBroken, DescriptionError, OasisError, ProtocolError
+from .fetched import drop
 from .flows.train import Successor, train
 from .flows.train_route import train_route as route_flow
+from .job import counted, human_bytes
 from .lineage import Content
 from .machine import image_engine
 from .protocol import Description
@@ -28,7 +31,7 @@ from .running import begin_again
 from .settings import Settings
 from .station_keys import signing_key, trusted
 from .visit import Visit, plan_visit
-from .visiting import Train, check, check_inside, describe, prepare, results_json, summarise
+from .visiting import check, prepare, results_json
 from .workspace import Workspace, open_workspace
 
 Options = argparse.Namespace
@@ -45,7 +48,7 @@ def train_describe(options: Options) -> int:
     if options.json:
         print(json.dumps(_described(found, summary, arrived)))
         return 0
-    print(f"Train API {found.generation}, {len(arrived.chain)} visits so far")
+    print(f"Train API {found.generation}, {counted(len(arrived.chain), 'visit')} so far")
     for requirement in found.demand.requirements:
         choices = f" ({', '.join(requirement.choices)})" if requirement.choices else ""
         print(f"requires  {requirement.name}: {requirement.target}{choices}  {requirement.description}".rstrip())
@@ -111,7 +114,13 @@ def train_run(options: Options) -> int:
 def train_route(options: Options) -> int:
     for name in options.stations:
         documents.load(Station, name)
-    given = {"image": options.image, "stations": options.stations, "api": options.api}
+    given = {
+        "image": options.image,
+        "stations": options.stations,
+        "api": options.api,
+        "track_info": options.track_info,
+        "user_data": options.user_data,
+    }
     if options.resume:
         state = begin_again(options.resume, route_flow, given, settings.current())
     else:
@@ -140,9 +149,9 @@ def train_verify(options: Options) -> int:
     for finding in findings:
         left = finding.link["difference"]
         print(
-            f"holds     visit {finding.number}, at {finding.station}, {finding.link['finished_at']}: {left['bytes']} bytes left"
+            f"holds     visit {finding.number}, at {finding.station}, {finding.link['finished_at']}: {human_bytes(left['bytes'])} left"
         )
-    print(f"The record of {len(findings)} visits holds, and the train is what it says.")
+    print(f"The record of {counted(len(findings), 'visit')} holds, and the train is what it says.")
     return 0
 
 
@@ -164,7 +173,12 @@ def _content_of(archive: Path) -> Content:
     for number, (is_now, was) in enumerate(zip(layers, promised, strict=True), 1):
         if is_now != was:
             raise ChainBroken(f"Layer {number} of {archive} is not the one that its image names. Its bytes were changed.")
-    return Content(config.get("config") or {}, layers)
+    return Content(
+        config=config.get("config") or {},
+        layers=layers,
+        platform=f"{config.get('os')}/{config.get('architecture')}",
+        history=lineage.steps(config.get("history") or (), "created_by", "comment"),
+    )
 
 
 def _sha256(body: IO[bytes]) -> str:
@@ -190,12 +204,12 @@ def _arrived(options: Options, station: Station, here: Settings) -> Iterator[tup
     )
     with open_workspace(here.workspaces, run_id) as workspace:
         try:
-            arrived = prepare(visit, here)
+            arrived = prepare(visit, workspace, here, name=visit.image)
             try:
                 yield visit, arrived, workspace
             finally:
-                if arrived.fetched:
-                    image_engine(here).forget(visit.image)
+                for name in arrived.fetched:
+                    drop(image_engine(here), name, workspace)
         finally:
             workspace.remove()
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from .answer import RESPONSE_FILE
 from .blocks import Station
 from .errors import AlgorithmFailed, DescriptionError, OasisError, ProtocolError, TrainFailed, TrainStopped
 from .job import (
@@ -28,7 +29,7 @@ from .job import (
     parse_bytes,
 )
 from .plan import login_of, secret_value
-from .protocol import RESPONSE_FILE, Generation, RunResponse, TrainState
+from .protocol import Generation, RunResponse, TrainState
 from .requirement import Probe
 from .settings import Settings
 from .storages import Storage, mounts as storage_mounts

@@ -13,6 +13,7 @@ from typing import Any
 
 from . import lineage, log
 from .artifacts import MOST_FILES, show_difference
+from .asking import Train
 from .difference import Difference, Kind
 from .errors import ChainBroken
 from .job import counted, human_bytes
@@ -21,7 +22,7 @@ from .protocol import Description
 from .requirement import Result
 from .verdict import Verdict
 from .visit import Visit
-from .visiting import DIFFERENCE, Ended, Train, results_json
+from .visiting import DIFFERENCE, Ended, results_json
 from .workspace import Workspace, room_for
 
 _SHOWN = 50
@@ -174,7 +175,7 @@ def keep(
     if successor is not None:
         texts = {
             CHAIN: lineage.written(chain),
-            IMAGE: json.dumps({"config": dict(successor.config), "layers": list(successor.layers)}, indent=2),
+            IMAGE: json.dumps(asdict(successor), indent=2),
             **({SUMMARY: summary} if summary is not None else {}),
             **texts,
         }
@@ -197,7 +198,8 @@ def verify_folder(folder: Path, trusted: Mapping[str, Sequence[str]]) -> tuple[F
         texts = {name: (folder / name).read_bytes() for name in (CHAIN, IMAGE, CHANGES)}
         summary = (folder / SUMMARY).read_bytes() if (folder / SUMMARY).exists() else None
         image = json.loads(texts[IMAGE])
-        content = Content(image["config"], tuple(image["layers"]))
+        history = tuple((command, comment) for command, comment in image["history"])
+        content = Content(image["config"], tuple(image["layers"]), image["platform"], history)
         text = texts[CHAIN].decode()
     except FileNotFoundError as error:
         raise ChainBroken(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,45 +13,44 @@ from prefect.logging import get_run_logger
 from prefect.logging.loggers import PrefectLogAdapter
 
 from . import difference as differences, lineage, log, protocol
+from .answer import Question
+from .asking import (
+    MARKER_CHECKED,
+    MARKER_DESCRIBED,
+    MARKER_RUN,
+    Stdout,
+    Train,
+    answer_of,
+    check_inside,
+    describe,
+    run_argv,
+    summarise,
+)
 from .difference import Difference
 from .engines import Files, ImageEngine
 from .errors import ImageNotFound, OasisError, ProtocolError, TrainFailed, TrainRefused
+from .fetched import drop, fetch, fetched
 from .job import ContainerExit, ContainerJob, ImageSource, Reason, Stream
 from .lineage import Content, Envelope
 from .machine import image_engine
-from .protocol import MAX_RESPONSE_BYTES, Description, Generation, Question, RunResponse
+from .protocol import Description, Generation, RunResponse
 from .requirement import Result, evaluate, unmet
 from .settings import Settings
 from .tasks import TRANSFER, step
 from .verdict import Case, failure, judge
 from .visit import (
-    ANSWER,
     Visit,
     allowed,
     judge_run,
     login_for,
     probe,
-    question_job,
     refused_by_policy,
     run_job,
 )
 from .workspace import Workspace
 
-MARKER_RUN = "run_train"
+MARKER_ARRIVED = "prepare_train"
 LAYER, DIFFERENCE, BASE_LABELS = "layer.tar", "difference.jsonl", lineage.PREFIX
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Train:
-    """A train that has arrived: exactly these bytes, what they are, and the record that came with them.
-
-    `fetched` says that the engine did not have the image before, so that it goes again with the visit.
-    """
-
-    image: str
-    content: Content
-    chain: tuple[Envelope, ...]
-    fetched: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,33 +73,35 @@ class Draft:
 
 
 @task(**TRANSFER)
-@step("prepare_train")
-def prepare_train(visit: Visit, settings: Settings) -> Train:
-    """Fetch the train, and see that the station's policy lets it in.
+@step(MARKER_ARRIVED)
+def prepare_train(visit: Visit, workspace: Workspace, settings: Settings) -> Train:
+    """Fetch the train, and see that the station's policy lets it in. A retry goes on with the same bytes, wherever a tag went since.
 
     Raises:
         TrainRefused: it does not; where the image's name tells so, nothing was fetched.
         ChainBroken: the record that the policy demands does not hold.
     """
-    arrived = prepare(visit, settings)
+    done = workspace.done(MARKER_ARRIVED)
+    arrived = prepare(visit, workspace, settings, name=done["image"] if done else visit.image)
+    workspace.mark_done(MARKER_ARRIVED, {"image": arrived.image})
     get_run_logger().info("The train is %s, after %d visits.", arrived.image, len(arrived.chain))
     return arrived
 
 
-def prepare(visit: Visit, settings: Settings) -> Train:
-    """As the task, outside a run."""
+def prepare(visit: Visit, workspace: Workspace, settings: Settings, *, name: str) -> Train:
+    """As the task, outside a run, by one of the image's names."""
     engine = image_engine(settings)
     if allowed(visit, visit.image) is False:
         raise _not_allowed(visit, visit.image)
-    fetched = engine.content(visit.image) is None
-    image = engine.prepare(ImageSource(image_id=visit.image, login=login_for(visit, visit.image)))
+    image = fetch(engine, ImageSource(image_id=name, login=login_for(visit, name)), workspace)
+    mine = fetched(workspace)
     try:
         content, chain = _let_in(visit, image, engine)
     except BaseException:
-        if fetched:
-            engine.forget(visit.image)
+        for each in mine:
+            drop(engine, each, workspace)
         raise
-    return Train(image=image, content=content, chain=chain, fetched=fetched)
+    return Train(image=image, content=content, chain=chain, fetched=mine)
 
 
 def _let_in(visit: Visit, image: str, engine: ImageEngine) -> tuple[Content, tuple[Envelope, ...]]:
@@ -129,7 +128,7 @@ def _not_allowed(visit: Visit, image: str) -> TrainRefused:
 
 
 @task(**TRANSFER)
-@step("describe_train")
+@step(MARKER_DESCRIBED)
 def describe_train(visit: Visit, train: Train, workspace: Workspace, settings: Settings) -> Description:
     """Ask the train what it requires, in the generation of the Train API that it speaks.
 
@@ -142,38 +141,6 @@ def describe_train(visit: Visit, train: Train, workspace: Workspace, settings: S
     words = ", ".join(requirement.name for requirement in found.demand.requirements) or "nothing"
     get_run_logger().info("The train speaks the Train API %s, and requires: %s.", found.generation, words)
     return found
-
-
-def describe(visit: Visit, train: Train, workspace: Workspace, settings: Settings) -> Description:
-    """As the task, outside a run."""
-    known = settings.trains / "generations" / train.content.digest.partition(":")[2]
-    generation = visit.generation
-    if generation is None:
-        with suppress(OSError, ValueError):
-            generation = Generation(known.read_text())
-    if generation is not None:
-        argv = protocol.argv(generation, Question.LIST, station_id=visit.station.station_id)
-        return protocol.read_description(generation, _asked(visit, train.image, argv, Question.LIST, workspace, settings))
-    failures = []
-    for asks, word in ((Generation.ONE, "describe"), (Generation.V1, "list_requirements")):
-        argv = protocol.argv(asks, Question.LIST, station_id=visit.station.station_id)
-        try:
-            answer = _asked(visit, train.image, argv, Question.LIST, workspace, settings)
-        except ProtocolError as error:
-            failures.append(f"To {word}: {error}")
-            continue
-        generation = protocol.generation_of(answer, word)
-        if generation is not None:
-            found = protocol.read_description(generation, answer)
-            with suppress(OSError):
-                known.parent.mkdir(parents=True, exist_ok=True)
-                known.write_text(generation)
-            return found
-        failures.append(f"To {word} it gave an answer without requirements.")
-    raise ProtocolError(
-        f"The image {visit.image} speaks no Train API that is known. It was asked `describe` and `list_requirements`; correct the train, or "
-        f"set its generation. {' '.join(failures)}"
-    )
 
 
 @task(**TRANSFER)
@@ -198,7 +165,7 @@ def check(visit: Visit, description: Description) -> tuple[tuple[Result, ...], t
 
 
 @task(**TRANSFER)
-@step("check_train")
+@step(MARKER_CHECKED)
 def check_train(
     visit: Visit, train: Train, description: Description, workspace: Workspace, settings: Settings
 ) -> tuple[Result, ...]:
@@ -211,23 +178,6 @@ def check_train(
     if missing:
         raise _refused(visit, missing, "by its own check, ")
     return results
-
-
-def check_inside(
-    visit: Visit, train: Train, description: Description, workspace: Workspace, settings: Settings
-) -> tuple[tuple[Result, ...], tuple[str, ...]]:
-    """As the task, outside a run: each requirement's result, and what is missing in words."""
-    generation = description.generation
-    argv = protocol.argv(generation, Question.CHECK, station_id=visit.station.station_id)
-    answer = _asked(visit, train.image, argv, Question.CHECK, workspace, settings, at_station=True)
-    said = protocol.read_check(generation, answer, description.demand)
-    said = tuple(replace(result, reason=log.redact(result.reason, visit.secrets.values())) for result in said)
-    names = {result.name for result in said}
-    demanded = {requirement.name for requirement in description.demand.requirements}
-    # What it does not speak of it has nothing against.
-    silent = tuple(Result(name, True) for name in demanded - names)
-    beyond = tuple(result.reason or result.name for result in said if not result.met and result.name not in demanded)
-    return said, (*unmet(description.demand, (*said, *silent)), *beyond)
 
 
 def _refused(visit: Visit, missing: Sequence[str], who: str) -> TrainRefused:
@@ -246,24 +196,17 @@ def run_train(visit: Visit, train: Train, generation: Generation, workspace: Wor
         TrainFailed, AlgorithmFailed, ProtocolError: it did not succeed. Nothing of it is kept but its log.
         TrainRefused: the policy does not let what it wants to take with it leave.
     """
-    argv = protocol.argv(
-        generation,
-        Question.RUN,
-        station_id=visit.station.station_id,
-        track_info=visit.track_info,
-        user_data=visit.user_data,
-    )
-    done = workspace.done(MARKER_RUN)
+    argv, done = run_argv(visit, generation), workspace.done(MARKER_RUN)
     if done is None:
         started, engine = time.monotonic(), image_engine(settings)
         job = run_job(visit, workspace, train.image, argv, settings)
         if not engine.find(job):
             workspace.fresh_notes()
-        stdout = _Stdout()
+        stdout = Stdout()
         found: list[dict[str, Any]] = []
 
         def at_end(exit: ContainerExit, files: Files) -> None:
-            answer = _answer(stdout, workspace, Question.RUN)
+            answer = answer_of(stdout, workspace, Question.RUN)
             response = protocol.read_run(answer)
             if judge_run(visit.train, exit, response, None) is None and exit.reason is Reason.OK:
                 found.append(answer)
@@ -283,7 +226,7 @@ def run_train(visit: Visit, train: Train, generation: Generation, workspace: Wor
 
 
 def _supervised(
-    visit: Visit, engine: ImageEngine, job: ContainerJob, stdout: _Stdout, workspace: Workspace, at_end: Any
+    visit: Visit, engine: ImageEngine, job: ContainerJob, stdout: Stdout, workspace: Workspace, at_end: Any
 ) -> ContainerExit:
     """Run the container with its log kept. An answer that cannot be read is told by `_verdict`, with the exit in hand."""
     show = cast(PrefectLogAdapter, get_run_logger()).getChild(log.VIEW_LOGGER).info
@@ -307,11 +250,11 @@ def _supervised(
     return replace(exit, detail=log.redact(exit.detail, secrets), last_words=sink.last_words())
 
 
-def _verdict(visit: Visit, exit: ContainerExit, stdout: _Stdout, workspace: Workspace) -> OasisError:
+def _verdict(visit: Visit, exit: ContainerExit, stdout: Stdout, workspace: Workspace) -> OasisError:
     """What a run that did not succeed ends with."""
     answer: RunResponse | ProtocolError
     try:
-        answer = protocol.read_run(_answer(stdout, workspace, Question.RUN))
+        answer = protocol.read_run(answer_of(stdout, workspace, Question.RUN))
     except ProtocolError as error:
         answer = error
     case = Case(
@@ -367,20 +310,20 @@ def _keep(
 def draft_successor(visit: Visit, train: Train, ended: Ended, workspace: Workspace, settings: Settings) -> Draft:
     """Make the successor without its record."""
     engine, rebase = image_engine(settings), ended.answer.rebase
-    base, fetched = train.image, None
+    base, mine = train.image, None
     if rebase is not None:
         # A base is all of an image that would travel: one of the engine's others is not for every train to take along.
-        fetched = rebase.base if engine.content(rebase.base) is None else None
-        base = engine.prepare(ImageSource(image_id=rebase.base, login=login_for(visit, rebase.base)))
+        base = fetch(engine, ImageSource(image_id=rebase.base, login=login_for(visit, rebase.base)), workspace)
+        mine = rebase.base if rebase.base in fetched(workspace) else None
         if not allowed(visit, rebase.base, [base.rpartition("@")[2]]):
-            if fetched:
-                engine.forget(fetched)
+            if mine:
+                drop(engine, mine, workspace)
             raise _not_allowed(visit, rebase.base)
 
     def change(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return lineage.labelled(config, _labels(visit, train, workspace))
 
-    return Draft(engine.extend(base, workspace.path / LAYER, change, workspace.lease), base, fetched)
+    return Draft(engine.extend(base, workspace.path / LAYER, change, workspace.lease), base, mine)
 
 
 @task(**TRANSFER)
@@ -392,13 +335,6 @@ def summarise_model(visit: Visit, generation: Generation, draft: str, workspace:
     except ProtocolError as error:
         get_run_logger().warning("The successor gives no summary of its model. %s", error)
         return None
-
-
-def summarise(visit: Visit, generation: Generation, image: str, workspace: Workspace, settings: Settings) -> str:
-    """The summary of the model in an image; raises `ProtocolError` where it gives none."""
-    argv = protocol.argv(generation, Question.SUMMARY, station_id=visit.station.station_id)
-    answer = _asked(visit, image, argv, Question.SUMMARY, workspace, settings)
-    return log.redact(protocol.read_summary(generation, answer), visit.secrets.values())
 
 
 @task(**TRANSFER)
@@ -436,83 +372,6 @@ def _labels(visit: Visit, train: Train, workspace: Workspace) -> dict[str, str]:
         f"{BASE_LABELS}station-name": visit.station_name,
         f"{BASE_LABELS}time": str(done["exit"]["finished_at"]),
     }
-
-
-class _Stdout:
-    """Keeps the end of stdout."""
-
-    def __init__(self) -> None:
-        self.end = bytearray()
-        self.cut = False
-
-    def __call__(self, stream: Stream, data: bytes) -> None:
-        if stream == "stdout":
-            self.end += data
-            if len(self.end) > 3 * MAX_RESPONSE_BYTES:
-                del self.end[: -2 * MAX_RESPONSE_BYTES]
-                self.cut = True
-
-
-def _asked(
-    visit: Visit,
-    image: str,
-    argv: Sequence[str],
-    question: Question,
-    workspace: Workspace,
-    settings: Settings,
-    *,
-    at_station: bool = False,
-) -> dict[str, Any]:
-    """The train's answer to a question.
-
-    Raises:
-        ProtocolError: it is none, or did not come in time.
-    """
-    engine, stdout = image_engine(settings), _Stdout()
-    workspace.fresh_notes()
-    job = question_job(visit, workspace, image, argv, settings, at_station=at_station)
-    secrets = tuple(visit.secrets.values())
-    try:
-        with log.record(workspace.path / "asked.txt", lambda _: None, secrets) as sink:
-
-            def tee(stream: Stream, data: bytes) -> None:
-                stdout(stream, data)
-                sink(stream, data)
-
-            exit = engine.run(job, tee)
-        if exit.reason not in (Reason.OK, Reason.EXIT_NONZERO):
-            raise ProtocolError(
-                f"The train did not answer `{' '.join(argv)}`: {exit.reason.value}. Correct the train. {' | '.join(sink.last_words())}"
-            )
-        return _answer(stdout, workspace, question)
-    except OasisError as error:
-        error.args = tuple(log.redact(str(part), secrets) for part in error.args)
-        raise
-
-
-def _answer(stdout: _Stdout, workspace: Workspace, question: Question) -> dict[str, Any]:
-    """The response in the file, where the train wrote one, else that on stdout."""
-    content = _response_file(workspace)
-    if content:
-        return protocol.response_in_file(content, question)
-    return protocol.response(bytes(stdout.end), question, cut=stdout.cut)
-
-
-def _response_file(workspace: Workspace) -> bytes:
-    try:
-        # The train may have made a link to a file of this machine, or a pipe.
-        descriptor = os.open(workspace.notes / ANSWER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        raise ProtocolError(
-            f"The file that {protocol.RESPONSE_FILE} names cannot be read: {error.strerror}. Let the train write a plain file that "
-            "everybody may read."
-        ) from None
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ProtocolError(f"What {protocol.RESPONSE_FILE} names is no plain file. Let the train write one.")
-        return file.read(MAX_RESPONSE_BYTES + 1)
 
 
 def results_json(results: Sequence[Result], *, reasons: bool) -> list[dict[str, Any]]:

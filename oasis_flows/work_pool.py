@@ -2,6 +2,10 @@
 
 A shard's flow run is found again by its idempotency key, `<batch>.<shard>.<attempt>`. So a batch whose process was killed goes
 on with the runs that it had made, and none is made twice.
+
+A worker that is told to stop kills what it has started, and tells nobody. What has reached our code by then has a watchdog; what
+has not stays Pending, or Running, for ever. Such a run is deleted before it is made again: should its process begin after all,
+there is nothing for it to do.
 """
 
 from __future__ import annotations
@@ -10,13 +14,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import count
 from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, WorkerStatus
 from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_run_logger
 from prefect.states import Cancelling
 
 from . import errors, store
@@ -28,6 +36,7 @@ from .job import Reason
 from .ledger import Ledger, Row
 from .manifest import Summary
 from .plan import ShardOf
+from .reaper import LABEL_HOST, SHARD_TAG
 from .schedule import Attempt, Ending
 from .shards import Outcome, ending_of, ending_of_reason
 
@@ -35,7 +44,11 @@ DEPLOYMENT = "algorithm-task/algorithm-task"
 # As many flow runs are made ahead of the workers; each that waits is a row of the server's, and nothing else.
 WINDOW = 32
 POLL_SECONDS = 1.0
-_MOST_GONE = 20
+# A worker counts as gone when the server has missed its sign of life for some 90 s. One that was started anew under its old name
+# never does; then it is the time that an automation allows, too. It writes its name on a run right after it has taken it.
+LOOK_SECONDS, NEVER_NAMED, NEVER_BEGAN = 15.0, timedelta(minutes=2), timedelta(hours=1)
+_PAGE = 200
+_WORKER, _POOL = "prefect.worker.name", "prefect.work-pool.name"
 
 
 @dataclass(slots=True)
@@ -47,14 +60,15 @@ class WorkPool:
     deployment: UUID
     parameters: Mapping[str, Any]
     under_way: dict[UUID, Attempt] = field(default_factory=dict)
+    looked: float = field(default_factory=time.monotonic)
 
-    def room(self) -> int:
+    def room(self, wanted: int) -> int:  # noqa: ARG002
         """A window of runs: the pool's and the queue's own limits say how many of them run."""
         return self.batch.options.max_parallel or WINDOW
 
     def start(self, attempt: Attempt) -> None:
         """Make the flow run of an attempt, or find the one that an earlier process of this batch made."""
-        shard, run = attempt.shard, None
+        shard = attempt.shard
         of = ShardOf(
             listing=self.batch.listing.url,
             base=self.batch.base.url,
@@ -64,13 +78,12 @@ class WorkPool:
             start=shard.start,
             end=shard.end,
         )
-        # One that was cancelled or crashed with an earlier process of this batch is no answer.
-        for number in range(attempt.number, attempt.number + _MOST_GONE):
+        # One that ended without a verdict under an earlier process of this batch is no answer: it may go better now.
+        for number in count(attempt.number):
             run = patiently(lambda number=number: self._make(of, number))  # type: ignore[misc]
-            if run.state is None or not (run.state.is_crashed() or run.state.is_cancelled()):
-                break
-        assert run is not None  # noqa: S101 - the range is not empty
-        self.under_way[run.id] = attempt
+            if not (_is_over(run) and self._outcome(attempt, run).ending in (Ending.UNKNOWN, Ending.HOPELESS)):
+                self.under_way[run.id] = attempt
+                return
 
     def _make(self, of: ShardOf, number: int) -> FlowRun:
         with get_client(sync_client=True) as client:
@@ -78,25 +91,44 @@ class WorkPool:
                 self.deployment,
                 name=f"shard {of.name} of {self.batch.plan.algorithm_name} on {self.batch.plan.dataset_name}",
                 parameters={**self.parameters, "shard": of.model_dump()},
-                tags=[f"batch:{self.batch.plan.run_id}"],
+                tags=[f"{SHARD_TAG}{self.batch.plan.run_id}"],
                 idempotency_key=f"{self.batch.plan.run_id}.{of.name}.{number}",
             )
 
     def ended(self) -> Iterator[tuple[Attempt, Outcome]]:
         """Those whose runs have ended since; asks once a second."""
         time.sleep(POLL_SECONDS)
-        for run in patiently(self._runs):
-            if run.state is not None and run.state.is_final():
+        runs = patiently(self._runs)
+        for run in runs:
+            if _is_over(run):
                 attempt = self.under_way.pop(run.id)
                 outcome = self._outcome(attempt, run)
                 if outcome.ending is Ending.DONE:
                     self.ledger.write(outcome.row)
                 yield attempt, outcome
+        if time.monotonic() - self.looked >= LOOK_SECONDS:
+            self.looked = time.monotonic()
+            known = {run.id: run for run in runs}
+            for run_id in list(self.under_way):
+                if run_id not in known or patiently(partial(_never_begins, known[run_id])):
+                    self._make_again(run_id)
 
     def _runs(self) -> list[FlowRun]:
+        found, ids = [], list(self.under_way)
         with get_client(sync_client=True) as client:
-            wanted = FlowRunFilter(id=FlowRunFilterId(any_=list(self.under_way)))
-            return client.read_flow_runs(flow_run_filter=wanted) if self.under_way else []
+            for start in range(0, len(ids), _PAGE):
+                wanted = FlowRunFilter(id=FlowRunFilterId(any_=ids[start : start + _PAGE]))
+                found += client.read_flow_runs(flow_run_filter=wanted)
+        return found
+
+    def _make_again(self, run_id: UUID) -> None:
+        attempt = self.under_way.pop(run_id)
+        get_run_logger().warning(
+            "The flow run of shard %s is made again: somebody deleted it, or its worker is gone and it never began.",
+            attempt.shard.name,
+        )
+        patiently(partial(_delete, run_id))
+        self.start(attempt)
 
     def _outcome(self, attempt: Attempt, run: FlowRun) -> Outcome:
         assert run.state is not None  # noqa: S101 - it is final
@@ -162,6 +194,39 @@ def work_pool(batch: Batch, ledger: Ledger) -> Iterator[WorkPool]:
     except BaseException:
         pool.cancel()
         raise
+
+
+def _delete(run_id: UUID) -> None:
+    with suppress(ObjectNotFound), get_client(sync_client=True) as client:
+        client.delete_flow_run(run_id)
+
+
+def _is_over(run: FlowRun) -> bool:
+    return run.state is not None and run.state.is_final()
+
+
+def _never_begins(run: FlowRun) -> bool:
+    """Was the run taken by a worker that is gone by now, and did it not come as far as our code?"""
+    if not _is_beginning(run):
+        return False
+    name, pool = run.labels.get(_WORKER), run.labels.get(_POOL)
+    # Somebody may delete the run, or the pool; then the next look tells.
+    with suppress(ObjectNotFound), get_client(sync_client=True) as client:
+        workers = client.read_workers_for_work_pool(str(pool)) if pool else []
+        offline = name is not None and all(each.status is WorkerStatus.OFFLINE for each in workers if each.name == name)
+        overdue = _age(run) >= (NEVER_BEGAN if name is not None else NEVER_NAMED)
+        # It may have begun while this was found out.
+        return (offline or overdue) and _is_beginning(client.read_flow_run(run.id))
+    return False
+
+
+def _is_beginning(run: FlowRun) -> bool:
+    state = run.state
+    return state is not None and (state.is_pending() or (state.is_running() and LABEL_HOST not in run.labels))
+
+
+def _age(run: FlowRun) -> timedelta:
+    return datetime.now(UTC) - run.state.timestamp if run.state else timedelta()
 
 
 def _reference(block: Any, parameter: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,11 @@ class Workspace:
         return self.path / "notes"
 
     @property
+    def reservation(self) -> Path:
+        """What the run has set aside of the machine; see `reservations`."""
+        return self.path / "reservation"
+
+    @property
     def log(self) -> Path:
         return self.path / "log.txt"
 
@@ -84,7 +89,7 @@ class Workspace:
     @property
     def is_resumable(self) -> bool:
         """Is there any file that a retry could go on from?"""
-        return any(child.name not in ("lease", "done") for child in self.path.iterdir())
+        return any(child.name not in ("lease", "done", "reservation") for child in self.path.iterdir())
 
     def done(self, step: str) -> dict[str, Any] | None:
         """What the step found out when it finished, or `None` if it has not."""
@@ -167,13 +172,15 @@ class Workspace:
             self.path.rmdir()
         return True
 
-    def remove_abandoned(self, keep_seconds: float) -> bool:
+    def remove_abandoned(self, keep_seconds: float, leaving: Callable[[Workspace], None] = lambda _: None) -> bool:
         """Delete the folder if its owner is dead and was last seen at least `keep_seconds` ago; was it, and is it gone?
 
-        Nobody can become its owner meanwhile. One without a lease is as old as its last change.
+        Nobody can become its owner meanwhile. One without a lease is as old as its last change. `leaving` is called before it goes.
         """
         orphaned = lease.missing(self.lease) and _age(self.path) >= keep_seconds
         with lease.taken(self.lease, 0 if orphaned else keep_seconds, create=orphaned) as free:
+            if free:
+                leaving(self)
             return free and self.remove()
 
 
@@ -193,13 +200,13 @@ def open_workspace(root: Path, run_id: str, attempt: int = 1) -> Iterator[Worksp
         yield workspace
 
 
-def reap(root: Path, keep_seconds: float) -> tuple[str, ...]:
+def reap(root: Path, keep_seconds: float, leaving: Callable[[Workspace], None] = lambda _: None) -> tuple[str, ...]:
     """Delete the folders of runs whose owner is dead and was last seen at least `keep_seconds` ago; return their ids.
 
-    Safe beside any number of processes that open workspaces or reap; only a folder that is really gone is returned.
+    `leaving` is called with each before it goes. Safe beside any number of processes that open workspaces or reap; only a folder that is really gone is returned.
     """
     folders = [path for path in sorted(root.glob("*")) if path.is_dir() and not path.is_symlink()]
-    return tuple(path.name for path in folders if Workspace(path).remove_abandoned(keep_seconds))
+    return tuple(path.name for path in folders if Workspace(path).remove_abandoned(keep_seconds, leaving))
 
 
 def abandoned(root: Path, silence_seconds: float) -> Iterator[str]:

@@ -31,6 +31,16 @@ esac
 """
 SUCCESS = f"{ADD}; echo '{{\"success\": true}}'"
 
+ZERO = f"""#!/bin/sh
+[ "$2" = --stationid ] && [ "$4" = --mode ] && [ "$5" = immediate ] || exit 2
+case "$1" in
+list_requirements) echo '{{"requirements": ["PHT_URL"]}}' ;;
+check_requirements) if [ -n "$PHT_URL" ]; then echo '{{"unmet": []}}'; else echo '{{"unmet": ["PHT_URL"]}}'; fi ;;
+print_summary) printf '{{"content": "counted to %s"}}' "$(cat {MODEL})" ;;
+run_algorithm) RUN ;;
+*) exit 2 ;;
+esac
+"""
 DESCRIBED = (
     '{"trainName": "train_count", "trainVersion": "1.0", "descriptionVersion": "1.0", "properties": [{"id": 1, "data": '
     '{"@typeName": "UrlEnvironmentVariableProperty", "description": "data", "environmentVariableName": "PHT_URL", '
@@ -52,6 +62,11 @@ def ended(state: str = "success", *, reason: str = "", rebase: str = "null") -> 
     """A line of shell that prints a response of 1.0."""
     exit = f'{{"state": "{state}", "reason": "{reason}"}}'
     return f"""echo '{{"runResponseVersion": "1.0", "exit": {exit}, "freeTextMessage": "", "rebase": {rebase}}}'"""
+
+
+def zero(run: str = SUCCESS) -> str:
+    """The script of a train of 0.x."""
+    return ZERO.replace("RUN", run)
 
 
 def v1(run: str = SUCCESS) -> str:

@@ -19,7 +19,7 @@ An engine keeps these promises; `tests/contract` has a test for each number and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +100,8 @@ class Engine(Protocol):
         """
         ...
 
-    def nodes(self, *, without: str | None = None) -> tuple[Node, ...]:
-        """What there is to run containers on, and what is requested of it now; the run `without`, with its parts, apart.
+    def nodes(self, *, without: Collection[str] = ()) -> tuple[Node, ...]:
+        """What there is to run containers on, and what is requested of it now; the runs `without`, with their parts, apart.
 
         Raises:
             EngineUnavailable: it does not answer.

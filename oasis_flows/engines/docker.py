@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -176,7 +176,7 @@ class DockerEngine:
             system_calls_filtered=spec.filters_system_calls(info),
         )
 
-    def nodes(self, *, without: str | None = None) -> tuple[Node, ...]:
+    def nodes(self, *, without: Collection[str] = ()) -> tuple[Node, ...]:
         """The engine's host, less the limits of the containers that run there, whoever started them; see `Engine.nodes`."""
         with self._api("asking for its capacity") as api:
             info = api.info()

@@ -22,7 +22,7 @@ from typing import IO, Any
 from .. import lease
 from ..errors import EngineError, ImageNotFound
 from ..job import ContainerJob, RegistryLogin
-from ..lineage import Content
+from ..lineage import Content, steps
 from . import docker_spec as spec
 from .docker_errors import push_error, words_of
 from .docker_image import _inspect, _load_error, check_login
@@ -33,6 +33,8 @@ from .shield import shielded
 Change = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 DRAFTS = "oasis-flows/draft"
+# A draft has this name, too, while it is pushed: then its others are of the push, and of nobody else.
+PUSHING = "oasis-flows/pushing"
 _TIMEOUT = 1800
 _CHUNK = 1 << 20
 
@@ -90,7 +92,13 @@ def content(api: Any, image: str) -> Content | None:
     found = _inspect(api, image)
     if found is None:
         return None
-    return Content(found.get("Config") or {}, tuple((found.get("RootFS") or {}).get("Layers") or ()))
+    return Content(
+        config=found.get("Config") or {},
+        layers=tuple((found.get("RootFS") or {}).get("Layers") or ()),
+        platform=f"{found.get('Os')}/{found.get('Architecture')}",
+        # The engine tells the newest first.
+        history=steps(reversed(api.history(found["Id"])), "CreatedBy", "Comment"),
+    )
 
 
 def extend(api: Any, image: str, layer: Path, change: Change, owner: Path, spool: Path) -> str:
@@ -151,8 +159,10 @@ def push(api: Any, image: str, reference: str, login: RegistryLogin | None) -> s
     check_login(repository, login)
     auth = {"username": login.username, "password": login.password} if login else None
     digest = ""
-    known = _inspect(api, reference)
+    known, pushing = _inspect(api, reference), image.replace(f"{DRAFTS}:", f"{PUSHING}:", 1)
     try:
+        if pushing != image:
+            api.tag(image, *pushing.rsplit(":", 1), force=True)
         api.tag(image, repository, tag, force=True)
         for event in api.push(repository, tag, stream=True, decode=True, auth_config=auth):
             if "error" in event:
@@ -165,6 +175,8 @@ def push(api: Any, image: str, reference: str, login: RegistryLogin | None) -> s
             shielded(lambda: forget(api, reference))
         else:
             shielded(lambda: api.tag(known["Id"], repository, tag, force=True))
+        if pushing != image:
+            shielded(lambda: forget(api, pushing))
     if not digest:
         raise EngineError(f"The engine pushed {reference} and does not say as what. See the engine's own log.")
     return f"{repository}@{digest}"
@@ -206,14 +218,35 @@ def _place(workspaces: Path) -> str:
 
 
 def reap_drafts(api: Any, run_id: str | None, *, grace_seconds: float, below: Path | None) -> None:
-    """Remove the drafts of one run, or of all runs below a folder of leases whose owner is dead; see `Engine.reap`."""
-    for reference in [name for image in api.images(name=DRAFTS) for name in image.get("RepoTags") or ()]:
-        owner, _, place = reference.removeprefix(f"{DRAFTS}:").rpartition(".")
-        if run_id is not None:
-            if owner == run_id:
-                _remove(api, reference)
-        elif below is not None and place == _place(below):
-            path = below / owner / "lease"
-            with nullcontext(True) if lease.missing(path) else lease.taken(path, grace_seconds) as free:
+    """Remove the drafts of one run, or of all runs below a folder of leases whose owner is dead; see `Engine.reap`.
+
+    One that was being pushed goes with the names that it was pushed under.
+    """
+    for place in (PUSHING, DRAFTS):
+        for reference in [name for image in api.images(name=place) for name in image.get("RepoTags") or ()]:
+            with _ownerless(reference.removeprefix(f"{place}:"), run_id, grace_seconds, below) as free:
                 if free:
+                    # The name that says whose it is goes last: whoever is interrupted here is followed by somebody.
+                    for name in _names(api, reference) if place == PUSHING else ():
+                        _remove(api, name)
                     _remove(api, reference)
+
+
+def _names(api: Any, reference: str) -> list[str]:
+    """The other names of an image."""
+    found = _inspect(api, reference) or {}
+    return [name for name in found.get("RepoTags") or () if name != reference]
+
+
+@contextmanager
+def _ownerless(owned: str, run_id: str | None, grace_seconds: float, below: Path | None) -> Iterator[bool]:
+    """Is a draft, by its tag, one of the run; or, without a run, one whose owner is dead? A lease stays locked in the block."""
+    owner, _, place = owned.rpartition(".")
+    if run_id is not None:
+        yield owner == run_id
+    elif below is None or place != _place(below):
+        yield False
+    else:
+        path = below / owner / "lease"
+        with nullcontext(True) if lease.missing(path) else lease.taken(path, grace_seconds) as free:
+            yield free

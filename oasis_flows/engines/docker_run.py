@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -377,10 +377,10 @@ def _is_of(row: Mapping[str, Any], run_id: str, with_parts: bool) -> bool:
     return found == run_id or (with_parts and found.startswith(f"{run_id}."))
 
 
-def inspect_running(api: Any, without: str | None) -> Iterator[dict[str, Any]]:
-    """All containers that run on the engine, whoever started them, but those of the run `without` and of its parts."""
+def inspect_running(api: Any, without: Collection[str]) -> Iterator[dict[str, Any]]:
+    """All containers that run on the engine, whoever started them, but those of the runs `without` and of their parts."""
     for row in api.containers():
-        if without is None or not _is_of(row, without, with_parts=True):
+        if not any(_is_of(row, run_id, with_parts=True) for run_id in without):
             # It may have ended since.
             with contextlib.suppress(_not_found()):
                 yield api.inspect_container(row["Id"])

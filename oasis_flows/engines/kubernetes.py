@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -156,7 +156,7 @@ class KubernetesEngine:
             cluster = self._open()
             claim = self._claim_words(cluster)
             try:
-                nodes = self._nodes(cluster, None)
+                nodes = self._nodes(cluster, ())
                 size = f"{counted(len(nodes), 'node')}, {sum(node.allocatable.millicpus for node in nodes) / 1000:g} cpus"
                 gpus: int | None = sum(node.allocatable.gpus for node in nodes)
             except EngineError as error:
@@ -169,18 +169,18 @@ class KubernetesEngine:
             gpu=f"{resource}, of which nobody here may know how many there are" if gpus is None else gpu,
         )
 
-    def nodes(self, *, without: str | None = None) -> tuple[Node, ...]:
+    def nodes(self, *, without: Collection[str] = ()) -> tuple[Node, ...]:
         """The cluster's nodes, less what pods request; see `Engine.nodes`."""
         with self._translated("to show its nodes"):
             return self._nodes(self._open(), without)
 
-    def _nodes(self, cluster: kube_run.Cluster, without: str | None) -> tuple[Node, ...]:
+    def _nodes(self, cluster: kube_run.Cluster, without: Collection[str]) -> tuple[Node, ...]:
         try:
             nodes = cluster.api.call("GET", "/api/v1/nodes")["items"]
             pods = cluster.api.call("GET", "/api/v1/pods")["items"]
         except Refused as error:
             raise error.translated("to show its nodes and pods") from error
-        others = [pod for pod in pods if without is None or not _is_of(pod, without)]
+        others = [pod for pod in pods if not any(_is_of(pod, run_id) for run_id in without)]
         return kubernetes_nodes({"items": [*nodes, *others]})
 
     def reap(

@@ -7,6 +7,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
+from uuid import uuid4
 
 from prefect import runtime
 from prefect.exceptions import FlowPauseTimeout
@@ -14,9 +15,11 @@ from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 
 from .. import documents, lineage, settings, visit_record
+from ..asking import Train
 from ..blocks import Station
 from ..documents import document_flow, patiently
 from ..errors import EngineError, OasisError, TrainRefused
+from ..fetched import drop
 from ..job import Reason
 from ..lifecycle import clean_up, mark, owned_workspace
 from ..lineage import Content, Envelope
@@ -33,7 +36,6 @@ from ..visit import Visit, plan_visit, successors
 from ..visiting import (
     DIFFERENCE,
     Ended,
-    Train,
     check_station,
     check_train,
     describe_train,
@@ -114,8 +116,9 @@ def train(
             )
             record = here.trains / "records" / visit.train / visit.run_id
             mark([f"train:{visit.train}", f"station:{visit.station_name}"], {LABEL_OUTPUT: str(record)})
-            arrived = prepare_train(visit, here)
-            owned.callback(_drop, visit.image if arrived.fetched else None, here)
+            arrived = prepare_train(visit, workspace, here)
+            for name in arrived.fetched:
+                owned.callback(_drop, name, workspace, here)
             _believe(visit, arrived, here)
             description = describe_train(visit, arrived, workspace, here)
             results["station"] = check_station(visit, description)
@@ -173,7 +176,7 @@ def _sealed(
     """Make the successor: first without its record, which has to say what its model is and what it consists of."""
     draft = draft_successor(visit, arrived, ended, workspace, here)
     for name in (draft.name, draft.fetched):
-        owned.callback(_drop, name, here)
+        owned.callback(_drop, name, workspace, here)
     summary = summarise_model(visit, description.generation, draft.name, workspace, here)
     names = successors(visit, ended.answer.tags, len(arrived.chain) + 1)
     content = _content(draft.name, here)
@@ -221,7 +224,14 @@ def _approved(visit: Visit, ended: Ended, workspace: Workspace) -> Mapping[str, 
         description=f"The train waits for your answer. Agree, and this leaves:\n\n{text}\n\n{whole}"
     )
     try:
-        answer = pause_flow_run(wait_for_input=form, timeout=visit.station.policy.approval_seconds, poll_interval=2)
+        # By a key that is only this question's. A retry leaves the server with those of before, and with their answers; where a
+        # run has died while it was paused, not even the attempts are counted.
+        answer = pause_flow_run(
+            wait_for_input=form,
+            timeout=visit.station.policy.approval_seconds,
+            poll_interval=2,
+            key=uuid4().hex,
+        )
     except FlowPauseTimeout:
         raise TrainRefused(
             f"Nobody at station {visit.station_name} agreed in time that the train {visit.train} leaves. Nothing left. Run it again, or raise "
@@ -263,8 +273,8 @@ def _keep_failure(
         visit_record.keep(folder, visit, judge(error), workspace, results=results, ended=ended)
 
 
-def _drop(image: str | None, here: Settings) -> None:
+def _drop(image: str | None, workspace: Workspace, here: Settings) -> None:
     """Take out of the engine what the visit made or fetched there."""
     if image is not None:
         with suppress(OasisError):
-            image_engine(here).forget(image)
+            drop(image_engine(here), image, workspace)

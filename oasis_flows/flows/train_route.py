@@ -67,6 +67,7 @@ def train_route(
 
 
 def _travel(image: str, route: list[Station], options: dict[str, Any]) -> str:
+    whole = " ".join([image, *(str(station._block_document_name) for station in route)])
     this, attempt = str(runtime.flow_run.id), runtime.flow_run.run_count or 1
     for number, station in enumerate(route, 1):
         name = station._block_document_name
@@ -79,7 +80,12 @@ def _travel(image: str, route: list[Station], options: dict[str, Any]) -> str:
             visit = _ended(visit)
         successor = visit.labels.get(LABEL_SUCCESSOR)
         if visit.state is None or not visit.state.is_completed() or successor is None:
-            return cast(str, _stopped(image, visit, number, route))
+            again = (
+                f"prefect flow-run retry {this}"
+                if runtime.deployment.id
+                else f"oasis-flows train route {whole} --resume {this}"
+            )
+            return cast(str, _stopped(image, visit, number, route, again))
         image = str(successor)
     return image
 
@@ -107,13 +113,12 @@ def _ended(visit: FlowRun) -> FlowRun:
         raise
 
 
-def _stopped(image: str, visit: FlowRun, number: int, route: list[Station]) -> State[Any]:
+def _stopped(image: str, visit: FlowRun, number: int, route: list[Station], again: str) -> State[Any]:
     names = [str(station._block_document_name) for station in route]
     said = visit.state.message if visit.state and visit.state.message else "no reason is known"
     told = (
         f"The train stopped at station {names[number - 1]}, visit {number} of {len(route)}, and stands as {image}. {said} See the flow run "
-        f"{visit.name}, {visit.id}. Once that is mended, retry this run, and it goes on there; or go on with that image and the "
-        f"stations {', '.join(names[number - 1 :])}."
+        f"{visit.name}, {visit.id}. Once that is mended, the route goes on there: {again}"
     )
     get_run_logger().error("%s", told)
     return Failed(message=told)

@@ -1,4 +1,4 @@
-"""Engine and Prefect server killed under a batch: it comes to its end, and no finished shard is done again."""
+"""Engine, Prefect server and workers killed under a batch: it comes to its end, and no finished shard is done again."""
 
 import contextlib
 import json
@@ -12,9 +12,10 @@ from dataclasses import replace
 import pytest
 
 from tests.e2e.test_batch import COPY, containers, finished
+from tests.e2e.test_cancel import process_of
 from tests.images import TinyImage, docker_archive
 from tests.servers.engine import eventually, private_engine
-from tests.servers.prefect import BIN, ROOT, PrefectServer, client_env, free_port, server_process
+from tests.servers.prefect import BIN, ROOT, PrefectServer, client_env, deploy, free_port, server_process, worker_process
 
 SHARDS = 12
 WORDS = ["--files-per-shard", "1", "--max-parallel", "2", "--json"]
@@ -31,6 +32,23 @@ def server(prefect_server, tmp_path):
     """The server as those with a home of their own see it."""
     home = tmp_path / "home"
     return replace(prefect_server, home=home, env=prefect_server.env | {"OASIS_FLOWS_HOME": str(home)})
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """A server with the shipped pools and deployments, which no other test's worker serves."""
+    folder, port = tmp_path_factory.mktemp("pool"), free_port()
+    server = PrefectServer(port, client_env(port, folder / "prefect", folder / "home"), folder / "home")
+    with server_process(server, folder / "server.log"):
+        deploy(server)
+        yield server
+
+
+@pytest.fixture
+def pooled(pool, tmp_path):
+    """The same for those with a home of their own."""
+    home = tmp_path / "home"
+    return replace(pool, home=home, env=pool.env | {"OASIS_FLOWS_HOME": str(home)})
 
 
 @pytest.fixture
@@ -77,11 +95,11 @@ def half_way(server, process):
     return output, before
 
 
-def assert_ends_well(process, output, env):
+def assert_ends_well(process, output, env, *more):
     """Wait for a batch of the command line; one that gave up meanwhile is begun again."""
     told, said = process.communicate(timeout=300)
     if process.returncode:
-        process = begun(env, output.parent.name.removesuffix("-done"), "--resume", output.name)
+        process = begun(env, output.parent.name.removesuffix("-done"), *more, "--resume", output.name)
         told, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert json.loads(told)["status"] == "Succeeded"
@@ -130,3 +148,94 @@ def test_a_prefect_server_that_dies_under_a_batch_costs_only_time(described, doc
 
     assert_whole(output, before)
     assert containers(docker_api, output.name) == []
+
+
+POOL = ["--fan-out", "work-pool"]
+
+
+def shards_of(server, run_id, *states):
+    """The flow runs of a batch's shards that are in one of these states, or all."""
+    runs = server.api("/flow_runs/filter", {"flow_runs": {"tags": {"all_": [f"batch:{run_id}"]}}})
+    return [run for run in runs if not states or run["state_type"] in states]
+
+
+def assert_nothing_left(server, docker_api, output):
+    """No container of the batch or of its shards stays, and no workspace."""
+    runs = [output.name, *(run["id"] for run in shards_of(server, output.name))]
+    eventually(lambda: not [run for run in runs if containers(docker_api, run)], 90)
+    eventually(lambda: list((server.home / "workspaces").glob("*")) == [], 90)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_worker_that_dies_under_a_batch_costs_only_what_ran_then(
+    pooled, described, docker_api, busybox, tmp_path, name, number
+):
+    described(pooled, busybox)
+    process = begun(pooled.env, name, *POOL)
+    with worker_process(pooled, tmp_path / f"first-{name}.log") as worker:
+        output, before = half_way(pooled, process)
+        # Its process loads Prefect, and that takes longer than a shard.
+        eventually(lambda: shards_of(pooled, output.name, "PENDING"), 60)
+        worker.send_signal(number)
+        worker.wait(60)
+    with worker_process(pooled, tmp_path / f"second-{name}.log"):
+        assert_ends_well(process, output, pooled.env, *POOL)
+        assert_nothing_left(pooled, docker_api, output)
+
+    assert_whole(output, before)
+
+
+def test_a_batch_and_its_shards_that_die_with_their_worker_go_on_with_a_retry(
+    pooled, described, docker_api, busybox, tmp_path, name
+):
+    described(pooled, busybox)
+    deployment = pooled.api("/deployments/name/batch/batch")
+    given = {
+        key: {"$ref": {"block_document_slug": f"{kind}/{name}"}}
+        for key, kind in (("algorithm", "algorithm"), ("input_dataset", "dataset"))
+    }
+    parameters = {**given, "files_per_shard": 1, "max_parallel": 2, "fan_out": "work-pool", "output_name": f"{name}-done"}
+    run_id = pooled.api(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})["id"]
+    output = pooled.home / "datasets" / f"{name}-done" / run_id
+    with worker_process(pooled, tmp_path / f"first-{name}.log") as worker:
+        eventually(lambda: shards_of(pooled, run_id, "RUNNING"), 120)
+        killed = shards_of(pooled, run_id, "RUNNING")[0]["id"]
+        os.kill(process_of(killed), signal.SIGKILL)
+        pooled.wait_for(killed, "CRASHED", seconds=90)
+        eventually(lambda: len(finished(output)) >= 3, 240)
+        worker.terminate()
+        worker.wait(60)
+    before = finished(output)
+    with worker_process(pooled, tmp_path / f"second-{name}.log"):
+        pooled.wait_for(run_id, "CRASHED", seconds=90)
+        pooled.run("prefect", "flow-run", "retry", run_id)
+        pooled.wait_for(run_id, "COMPLETED", "FAILED", "CRASHED", seconds=400)
+        assert_nothing_left(pooled, docker_api, output)
+
+    assert len(before) < SHARDS
+    assert_whole(output, before)
+
+
+def test_a_batch_that_its_pool_failed_goes_on_when_that_is_mended(pooled, described, docker_api, busybox, tmp_path, name):
+    described(pooled, busybox)
+    words = [*POOL, "--files-per-shard", str(SHARDS // 2)]
+    process = begun(pooled.env, name, *words)
+    outputs = pooled.home / "datasets" / f"{name}-done"
+    eventually(lambda: process.poll() is not None or list(outputs.glob("*")), 120)
+    (output,) = outputs.glob("*")
+    while process.poll() is None:
+        for run in shards_of(pooled, output.name, "SCHEDULED"):
+            state = {"type": "FAILED", "message": "The worker could not start it."}
+            pooled.api(f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+        time.sleep(0.5)
+    assert process.returncode == 3, process.communicate()
+    assert "The worker could not start it." in process.communicate()[0]
+
+    process = begun(pooled.env, name, *words, "--resume", output.name)
+    with worker_process(pooled, tmp_path / f"only-{name}.log"):
+        told, said = process.communicate(timeout=300)
+        assert_nothing_left(pooled, docker_api, output)
+
+    assert process.returncode == 0, said
+    assert json.loads(told)["status"] == "Succeeded"
+    assert len((output / "manifest.jsonl").read_text().splitlines()) == SHARDS

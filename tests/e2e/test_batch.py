@@ -207,6 +207,61 @@ def test_a_batch_whose_process_is_killed_goes_on_and_does_nothing_twice(
     assert prefect_server.api(f"/flow_runs/{run_id}")["state_type"] == "COMPLETED"
 
 
+# Counts what is free, and goes on when the other one has counted, too, or after a while.
+COUNTS_TOGETHER = """
+import sys, time
+from pathlib import Path
+from oasis_flows import batch, fan_out
+
+real, mine, other = fan_out.places, Path(sys.argv[1]), Path(sys.argv[2])
+
+def places(*given):
+    found = real(*given)
+    mine.touch()
+    until = time.monotonic() + 6
+    while not other.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
+
+fan_out.places = places
+batch(sys.argv[3], sys.argv[3], files_per_shard=1)
+"""
+
+
+def test_two_batches_that_begin_in_the_same_moment_share_the_machine(
+    prefect_server, here, docker_api, busybox, letters, tmp_path
+):
+    name = f"together-{uuid.uuid4().hex[:8]}"
+    processors = docker_api.info()["NCPU"]
+    # Four fit into the headroom of the empty machine, and eight are wanted.
+    cpus = processors * current().headroom / 4
+    Algorithm(
+        docker_image=DockerImage(image_id=busybox), command=["sh", "-c", f"sleep 2; {COPY}"], cpus=cpus, memory="32MiB"
+    ).save(name)
+    letters(4).save(name)
+    marks = [str(tmp_path / "first"), str(tmp_path / "second")]
+    env = prefect_server.env | {"OASIS_FLOWS_HOME": str(here)}
+    processes = [
+        subprocess.Popen([str(BIN / "python"), "-c", COUNTS_TOGETHER, *words, name], env=env, cwd=ROOT)
+        for words in (marks, marks[::-1])
+    ]
+    most, runs = 0, set()
+    try:
+        while any(process.poll() is None for process in processes):
+            runs |= {path.name for path in (here / "workspaces").glob("*")}
+            running = [row for run_id in runs for row in containers(docker_api, run_id) if row["State"] == "running"]
+            most = max(most, len(running))
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(runs) == 2
+    assert 0 < most <= 4
+
+
 def test_a_cancel_reaches_every_container_within_the_grace(deployed, worker, docker_api, busybox, letters):
     name = f"cancelled-{uuid.uuid4().hex[:8]}"
     algorithm(busybox, "trap '' TERM; while :; do sleep 1; done").save(name)

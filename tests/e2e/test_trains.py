@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.client.schemas.objects import State
 
 from oasis_flows import settings, visit_record
 from oasis_flows.blocks import Station
 from oasis_flows.engines.docker_layer import DRAFTS
-from oasis_flows.flows.train_route import train_route
-from oasis_flows.running import begin_again
 from oasis_flows.station_keys import trusted
 from tests.servers.engine import containers_of
 from tests.servers.prefect import ROOT, PrefectServer, worker_process
@@ -69,17 +66,24 @@ def test_a_ride_over_three_stations(deployed, pools, docker_api, image, home, re
     place = f"{registry.address}/ride"
     names = [station(n, work_pool=POOLS[n - 1], registry=place) for n in (1, 2, 3)]
     station(2, work_pool=POOLS[1], registry=place, environment={"PHT_TOKEN": "x"})
-    given = {"image": image(v1()), "stations": names, "api": "V1"}
+    route = ("oasis-flows", "train", "route", image(v1()), *names, "--api", "V1")
 
-    state: State[Any] = train_route(**given, return_state=True)
+    stopped = deployed.run(*route, check=False, seconds=900)
 
-    assert state.is_failed()
-    assert "The train stopped at station hospital-b, visit 2 of 3, and stands as" in str(state.message)
-    assert "PHT_URL is not set" in str(state.message)
+    assert stopped.returncode == 1, stopped.stdout
+    (line,) = stopped.stdout.splitlines()
+    assert line.startswith("Failed (Failed): run "), line
+    run_id = line.rpartition(" ")[2]
+    stands = "The train stopped at station hospital-b, visit 2 of 3, and stands as "
+    last_words = stopped.stderr.splitlines()[-1]
+    assert last_words.startswith(f"oasis-flows: {stands}{place}/train_"), stopped.stderr
+    assert "PHT_URL is not set" in last_words
+    assert f"--resume {run_id}" in last_words
     station(2, work_pool=POOLS[1], registry=place)
-    again = begin_again(str(state.state_details.flow_run_id), train_route, given, settings.current())
-    assert again.is_completed(), again.message
-    runs = deployed.api("/flow_runs/filter", {"flow_runs": {"tags": {"all_": [f"route:{state.state_details.flow_run_id}"]}}})
+    again = deployed.run(*route, "--resume", run_id, seconds=900)
+    first, second = again.stdout.splitlines()
+    assert first == f"Succeeded (Completed): run {run_id}"
+    runs = deployed.api("/flow_runs/filter", {"flow_runs": {"tags": {"all_": [f"route:{run_id}"]}}})
     ended = sorted((next(tag for tag in run["tags"] if tag.startswith("leg:")), run["state_name"]) for run in runs)
     assert ended == [("leg:1", "Completed"), ("leg:2", "Completed"), ("leg:2", "Failed"), ("leg:3", "Completed")]
     pool_of = {run["tags"][[t.startswith("leg:") for t in run["tags"]].index(True)]: run["work_pool_name"] for run in runs}
@@ -90,5 +94,5 @@ def test_a_ride_over_three_stations(deployed, pools, docker_api, image, home, re
     findings = visit_record.verify_folder(folder, trusted(settings.current()))
     assert [finding.station for finding in findings] == list(POOLS)
     assert (folder / "summary.txt").read_text() == "counted  to 3"
-    assert again.result() == last["labels"]["oasis.train.successor"]
+    assert second == f"the train: {last['labels']['oasis.train.successor']}"
     assert [left(docker_api, home, run["id"]) for run in runs] == [[]] * 4

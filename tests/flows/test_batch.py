@@ -12,8 +12,10 @@ from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
 from prefect.states import Scheduled
 
-from oasis_flows import documents, fan_out, schedule
+from oasis_flows import artifacts, documents, fan_out, reservations, schedule
+from oasis_flows.__main__ import main
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
+from oasis_flows.capacity import Vector
 from oasis_flows.errors import (
     AlgorithmFailed,
     ContainerLost,
@@ -29,6 +31,7 @@ from oasis_flows.flows.batch import batch
 from oasis_flows.job import ContainerExit, Reason
 from oasis_flows.machine import stand_in
 from oasis_flows.testing import FakeEngine, host_path
+from oasis_flows.workspace import open_workspace
 
 IMAGE = DockerImage(image_id="upper:1")
 
@@ -226,7 +229,7 @@ class Busy(FakeEngine):
 
     looks = 0
 
-    def nodes(self, *, without=None):
+    def nodes(self, *, without=()):
         type(self).looks += 1
         (node,) = super().nodes(without=without)
         if type(self).looks in range(2, 6):
@@ -244,6 +247,121 @@ def test_a_full_machine_is_waited_for_and_said_to_be(ran, notes):
         time.sleep(0.2)
     assert "too few processors are free for 1 processors" in str(done.server.api("/logs/filter", wanted))
     assert done.artifacts["oasis-waiting"].startswith("The batch ")
+
+
+class Shared(FakeEngine):
+    """An engine on whose machine others need so many processors."""
+
+    others = 0
+
+    def nodes(self, *, without=()):
+        (node,) = super().nodes(without=without)
+        return (type(node)(name=node.name, allocatable=node.allocatable, requested=Vector(1000 * self.others)),)
+
+
+def test_the_load_of_others_shrinks_a_batch_that_runs_and_their_leaving_grows_it(ran, notes):
+    under_way, ended, seen, lock = [], [], [], threading.Lock()
+
+    def slow(job, log):
+        with lock:
+            under_way.append(job)
+            seen.append((len(ended), len(under_way)))
+        time.sleep(0.2)
+        with lock:
+            under_way.remove(job)
+            ended.append(job)
+            engine.others = 3 if 6 <= len(ended) < 24 else 0
+        return upper(job, log)
+
+    engine = Shared(slow, cpus=5)
+    ran(engine, notes(*[f"{number:02}" for number in range(40)]), files_per_shard=1)
+
+    assert max(most for done, most in seen if done < 6) == 4
+    # What ran at the change, and what was let go on before it was seen, is over by then.
+    assert {most for done, most in seen if 18 <= done < 24} == {1}
+    assert max(most for done, most in seen if done >= 24) == 4
+
+
+def test_the_bar_moves_while_a_batch_runs(ran, notes, monkeypatch, prefect_server):
+    monkeypatch.setattr(artifacts, "_PATIENCE_SECONDS", 0)
+    seen = []
+
+    def slow(job, log):
+        time.sleep(0.4)
+        mine = {"flow_run_id": {"any_": [job.run_id.partition(".")[0]]}, "key": {"any_": ["oasis-shards"]}}
+        seen.extend(row["data"] for row in prefect_server.api("/artifacts/filter", {"artifacts": mine}))
+        return upper(job, log)
+
+    done = ran(FakeEngine(slow), notes(*NAMES[:10]), files_per_shard=1, max_parallel=1)
+
+    assert sorted(seen) == seen
+    assert 0 < seen[-1] < 100
+    assert done.artifacts["oasis-shards"] == 100
+
+
+def test_a_plan_says_what_would_be_done_and_starts_nothing(prefect_server, here, notes, tmp_path, capsys, monkeypatch):
+    name = f"planned-{uuid.uuid4().hex[:8]}"
+    Algorithm(docker_image=IMAGE, memory="1GiB").save(name)
+    notes(*NAMES).save(name)
+    engine, words = FakeEngine(upper, cpus=5), ["plan", "batch", name, name, "--files-per-shard", "7"]
+    with stand_in(engine):
+        assert main(words) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "files      30, 240 B",
+        "needs      1 processors, 1.0 GiB for each container",
+        "capacity   fake has 4 processors, 51.2 GiB free: 4 fit",
+        "at once    4 now; the limit is processors",
+        "shards     5, of 2 to 7 files, 16 B to 56 B",
+    ]
+
+    nodes = [{"name": "a", "cpus": 2, "memory": "64Gi"}, {"name": "b", "cpus": 1, "memory": "64Gi"}]
+    (tmp_path / "nodes.json").write_text(json.dumps({"nodes": nodes}))
+    with stand_in(engine):
+        assert main([*words, "--json", "--capacity", str(tmp_path / "nodes.json")]) == 0
+        given = json.loads(capsys.readouterr().out)
+        monkeypatch.setenv("OASIS_FLOWS_CAPACITY", str(tmp_path / "nodes.json"))
+        assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == given
+    assert [(node["name"], node["fit"]) for node in given["nodes"]] == [("a", 1), ("b", 0)]
+    assert engine.jobs == []
+
+
+def test_what_another_batch_has_reserved_is_left_to_it(ran, notes, here):
+    under_way, lock = [], threading.Lock()
+
+    def slow(job, log):
+        with lock:
+            under_way.append(job)
+            most.append(len(under_way))
+        time.sleep(0.2)
+        with lock:
+            under_way.remove(job)
+        return upper(job, log)
+
+    most = []
+    with open_workspace(here / "workspaces", str(uuid.uuid4())) as other:
+        reservations.reserve(other, Vector(3000, 0, 0, 3))
+        ran(FakeEngine(slow, cpus=5), notes(*NAMES), files_per_shard=5)
+        assert max(most) == 1
+    most.clear()
+    ran(FakeEngine(slow, cpus=5), notes(*NAMES), files_per_shard=5)
+    assert max(most) > 1
+
+
+def test_a_batch_reserves_for_what_is_left_of_it_and_no_more(ran, notes, here):
+    kept = []
+
+    def slow(job, log):
+        until = time.monotonic() + 30
+        while time.monotonic() < until and not (found := reservations.reserved(here / "workspaces")):
+            time.sleep(0.05)
+        kept.append(found)
+        return upper(job, log)
+
+    ran(FakeEngine(slow, cpus=10), notes("a"))
+
+    assert [list(found.values()) for found in kept] == [[Vector(1000, 1 << 30, 0, 1)]]
+    assert reservations.reserved(here / "workspaces") == {}
 
 
 def test_never_more_at_once_than_fit_or_than_the_user_wants(ran, notes):

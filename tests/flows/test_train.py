@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import tarfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import docker.errors
 import pytest
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
@@ -26,16 +29,18 @@ from oasis_flows import lineage, settings, visit_record
 from oasis_flows.__main__ import main
 from oasis_flows.blocks import Station
 from oasis_flows.engines.docker_layer import DRAFTS, _draft, _place
-from oasis_flows.engines.docker_spec import LEASE, PACKAGE, PACKAGE_NAME
+from oasis_flows.engines.docker_spec import LEASE, PACKAGE, PACKAGE_NAME, RUN_ID
 from oasis_flows.errors import AlgorithmFailed, ChainBroken, ProtocolError, TrainFailed, TrainRefused, TrainStopped
 from oasis_flows.flows.station import train_station
 from oasis_flows.flows.train import train
 from oasis_flows.reaper import reap
+from oasis_flows.registry_index import RegistryIndex
+from oasis_flows.running import begin_again
 from oasis_flows.station_keys import signing_key, trusted
 from tests.servers.engine import eventually
 from tests.servers.prefect import PrefectServer
 from tests.servers.registry import Registry
-from tests.trains import ADD, MODEL, SUCCESS, ended, one, train_image, v1
+from tests.trains import ADD, MODEL, SUCCESS, ended, one, train_image, v1, zero
 
 SECRET = "s3cret-of-the-station"
 URL = "https://data.example.org/fhir-of-this-station"
@@ -73,15 +78,24 @@ def error_of(state: State[Any]) -> Any:
     return state.result(raise_on_failure=False)
 
 
+def containers(api: Any, here: Path) -> list[dict[str, Any]]:
+    """The containers of this test's visits."""
+    rows = api.containers(all=True, filters={"label": f"{PACKAGE}={PACKAGE_NAME}"})
+    return [row for row in rows if row["Labels"].get(LEASE, "").startswith(f"{here}/")]
+
+
+def running(api: Any, here: Path) -> list[dict[str, Any]]:
+    """The containers in which trains run their algorithms now."""
+    return [row for row in containers(api, here) if "run_algorithm" in row["Command"] and row["State"] == "running"]
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(docker_api: Any, here: Path, request: pytest.FixtureRequest) -> Iterator[None]:
     """No container, draft, workspace or image of a test's visits outlives it."""
     before = {name for row in docker_api.images() for name in row.get("RepoTags") or ()}
     yield
     assert list((here / "workspaces").glob("*")) == []
-    ours = f"{here}/workspaces/"
-    rows = docker_api.containers(all=True, filters={"label": f"{PACKAGE}={PACKAGE_NAME}"})
-    assert [row["Names"] for row in rows if row["Labels"].get(LEASE, "").startswith(ours)] == []
+    assert [row["Names"] for row in containers(docker_api, here)] == []
     after = {name for row in docker_api.images() for name in row.get("RepoTags") or ()} - before
     assert [name for name in after if name.startswith(f"{DRAFTS}:") and name.endswith(_place(here / "workspaces"))] == []
     assert [name for name in after if "/trains/" in name] == []
@@ -101,7 +115,7 @@ def members(archive: bytes) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.parametrize("script", [v1(), one()], ids=["V1", "1.0"])
+@pytest.mark.parametrize("script", [zero(), v1(), one()], ids=["0.x", "V1", "1.0"])
 def test_a_train_visits_and_travels_on(docker_api, image, station, here, registry: Registry, script):
     name = image(script)
 
@@ -120,7 +134,11 @@ def test_a_train_visits_and_travels_on(docker_api, image, station, here, registr
     assert SECRET.encode() not in everything
     assert URL.encode() not in everything
     assert seen["Config"]["Env"] == ["PATH=/bin", "FROM_IMAGE=yes"]
-    assert seen["Config"]["Labels"]["io.oasis.train.station"] == "1"
+    labels = {key: text for key, text in seen["Config"]["Labels"].items() if key.startswith("io.oasis.train.")}
+    assert labels["io.oasis.train.station"] == "1"
+    assert labels["io.oasis.train.station-name"] == "hospital-a"
+    assert labels["io.oasis.train.predecessor"].startswith("sha256:")
+    assert datetime.fromisoformat(labels["io.oasis.train.time"]).tzinfo is not None
     record = json.loads((Path(successor.record) / "record.json").read_text())
     assert record["verdict"]["code"] == "ok"
     changes = [json.loads(line) for line in (Path(successor.record) / "difference.jsonl").read_text().splitlines()]
@@ -247,6 +265,29 @@ def test_a_refused_train(image, station, here, changes, why):
     assert [path.name for path in (here / "trains").rglob("record.json")] == (["record.json"] if ran else [])
 
 
+def test_a_refused_train_that_was_fetched_goes_again(docker_api, image, station, here, registry: Registry):
+    sent = registry.push(docker_api, image(v1()), f"refused/train_{uuid.uuid4().hex[:8]}")
+    place = f"{registry.address}/refused"
+
+    for given in (station(registry=place, environment={}), station(registry=place, policy={"max_size": "1"})):
+        state = visit(sent, given, api="V1")
+
+        assert isinstance(error_of(state), TrainRefused)
+        assert docker_api.images(name=sent.rpartition(":")[0]) == []
+        repository = sent.rpartition(":")[0]
+        assert list(RegistryIndex(place, None).tags(repository)) == ["1"]
+
+
+def test_a_train_is_allowed_by_its_digest(docker_api, image, station):
+    name = image(v1())
+    digest = docker_api.inspect_image(name)["Id"]
+
+    state = visit(name, station(policy={"allowed_images": [digest]}), api="V1")
+
+    assert state.is_completed(), state.message
+    docker_api.remove_image(state.result().image)
+
+
 def test_the_station_s_folder_is_mounted_and_nothing_of_it_travels(docker_api, image, station, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "patients").write_text("patient\n")
@@ -284,12 +325,13 @@ def test_what_was_tampered_with_is_named(docker_api, image, station, tmp_path, c
         docker_api.remove_image(successor.image)
     assert main(["train", "verify", str(archive)]) == 0
     assert main(["train", "verify", str(folder)]) == 0
-    assert "The record of 1 visits holds" in capsys.readouterr().out
+    assert "The record of 1 visit holds" in capsys.readouterr().out
 
     def after(path: Path, old: bytes, new: bytes) -> str:
         whole = path.read_bytes()
         assert old in whole
-        path.write_bytes(whole.replace(old, new, 1))
+        # A saved image may have its configuration a second time, for engines of old.
+        path.write_bytes(whole.replace(old, new) if path == archive else whole.replace(old, new, 1))
         try:
             assert main(["train", "verify", str(path if path == archive else folder)]) == 1
         finally:
@@ -307,6 +349,14 @@ def test_what_was_tampered_with_is_named(docker_api, image, station, tmp_path, c
     assert "signature of link 1 does not fit" in after(folder / "chain.json", payload, flipped)
     assert "signature of link 1 does not fit" in after(folder / "chain.json", signature, b"AAAA" + signature[4:])
     assert "Layer 3 of" in after(archive, b"1\n" + bytes(510), b"9\n" + bytes(510))
+    for old, new in (
+        (b"FROM_IMAGE=yes", b"FROM_IMAGE=no!"),
+        (b'"Entrypoint": ["/train"]', b'"Entrypoint": ["/brain"]'),
+        (b'"io.oasis.train.station": "1"', b'"io.oasis.train.station": "2"'),
+        (b'"created_by": "tests"', b'"created_by": "xxxxx"'),
+        (b'"architecture": "amd64"', b'"architecture": "arm64"'),
+    ):
+        assert "The configuration of the image is not the one" in after(archive, old, new)
     for key in (folder.parents[3] / "keys").glob("*.pem"):
         assert key.stat().st_mode & 0o777 == 0o600
         key.unlink()
@@ -346,6 +396,10 @@ def test_describe_and_check(image, station, here, capsys):
     assert main(["train", "check", name, "--station", "hospital-b"]) == 2
     assert "PHT_URL is not set" in capsys.readouterr().out
     assert [path.read_text() for path in (here / "trains" / "generations").iterdir()] == ["1.0"]
+    assert main(["train", "describe", image("#!/bin/sh\necho no such module >&2\nexit 1\n")]) == 1
+    said = capsys.readouterr().err
+    assert "speaks no Train API that is known" in said
+    assert "It ended with exit code 1: no such module" in said
 
 
 def test_a_key_in_a_secret_block(docker_api, image, station):
@@ -359,11 +413,16 @@ def test_a_key_in_a_secret_block(docker_api, image, station):
     assert len(visit_record.verify_folder(Path(successor.record), {"hospital-a": [key]})) == 1
 
 
+def waiting(server: PrefectServer, name: str) -> list[dict[str, Any]]:
+    """The visits of this train that wait for an answer."""
+    wanted = {"name": {"like_": name.rpartition("/")[2]}, "state": {"type": {"any_": ["PAUSED"]}}}
+    return list(server.api("/flow_runs/filter", {"flow_runs": wanted}))
+
+
 def answer(server: PrefectServer, name: str, agree: bool) -> str:
     """Answer the form of the visit of this train, once it is asked; return what the form says."""
-    wanted = {"flow_runs": {"name": {"like_": name.rpartition("/")[2]}, "state": {"type": {"any_": ["PAUSED"]}}}}
-    eventually(lambda: server.api("/flow_runs/filter", wanted), 120)
-    (run,) = server.api("/flow_runs/filter", wanted)
+    eventually(lambda: waiting(server, name), 180)
+    (run,) = waiting(server, name)
     keyset = run["state"]["state_details"]["run_input_keyset"]
     eventually(
         lambda: (
@@ -396,6 +455,76 @@ def test_somebody_is_asked_before_anything_leaves(prefect_server, image, station
         assert "because" in str(error_of(state))
 
 
+def test_a_retry_asks_anew_whatever_was_answered_before(prefect_server, image, station, registry: Registry):
+    given = station(registry=f"{registry.address}/trains", policy={"hold_for_approval": True, "approval_seconds": 200})
+    name = image(v1())
+    with ThreadPoolExecutor(1) as somebody:
+        somebody.submit(answer, prefect_server, name, False)
+        state = visit(name, given, api="V1")
+        assert isinstance(error_of(state), TrainRefused)
+        run_id = str(state.state_details.flow_run_id)
+        said = somebody.submit(answer, prefect_server, name, True)
+        again = begin_again(run_id, train, {"image": name, "station": given, "api": "V1"}, settings.current())
+
+    assert f"`/{MODEL[1:]}` | changed | 2 B" in said.result()
+    assert again.is_completed(), again.message
+
+
+@pytest.fixture
+def killed(prefect_server, docker_api, image, station, here, tmp_path) -> Iterator[Callable[[], tuple[str, str, str, Path]]]:
+    """Begins a visit in a process and kills that while the train runs; it runs until its gate is open.
+
+    Returns the run's id, its train, the container, and the gate.
+    """
+    (tmp_path / "gate").mkdir()
+    gate = tmp_path / "gate" / "open"
+    begun = []
+
+    def begin() -> tuple[str, str, str, Path]:
+        station(mounts=[{"target": "/gate", "host_path": str(gate.parent)}])
+        name = image(v1(f"echo began; while [ ! -e /gate/open ]; do sleep 0.1; done; {SUCCESS}"))
+        command = [sys.executable, "-m", "oasis_flows", "train", "run", name, "--station", "hospital-a", "--api", "V1"]
+        env = prefect_server.env | {"OASIS_FLOWS_HOME": str(here), "OASIS_FLOWS_RETRY_WINDOW": "900"}
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+        eventually(lambda: running(docker_api, here), 180)
+        process.kill()
+        process.wait(60)
+        (row,) = running(docker_api, here)
+        begun.append(row["Id"])
+        return row["Labels"][RUN_ID], name, row["Id"], gate
+
+    yield begin
+    for container in begun:
+        with suppress(docker.errors.NotFound):
+            docker_api.remove_container(container, force=True)
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["while it runs", "when it has ended"])
+def test_a_retry_takes_up_the_train_that_a_dead_process_left(docker_api, here, killed, monkeypatch, ended):
+    monkeypatch.setenv("OASIS_FLOWS_RETRY_WINDOW", "900")
+    run_id, name, container, gate = killed()
+    if ended:
+        gate.touch()
+        eventually(lambda: docker_api.inspect_container(container)["State"]["Status"] == "exited", 60)
+    with ThreadPoolExecutor(1) as somebody:
+        log = here / "workspaces" / run_id / "log.txt"
+        before = log.stat().st_mtime_ns
+        # The train goes on once its log is written anew.
+        somebody.submit(lambda: eventually(lambda: log.stat().st_mtime_ns != before, 120)).add_done_callback(
+            lambda _: gate.touch()
+        )
+        given = {"image": name, "station": "hospital-a", "api": "V1"}
+        state = begin_again(run_id, train, given, settings.current())
+
+    assert state.is_completed(), state.message
+    folder = Path(state.result().record)
+    docker_api.remove_image(state.result().image)
+    record = json.loads((folder / "record.json").read_text())
+    assert record["exit"]["in_force"]["container"] == container
+    assert (folder / "log.txt").read_text().count("began") == 1
+    assert (folder / "summary.txt").read_text() == "counted  to 1"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_visit_whose_process_is_ended_leaves_nothing(prefect_server, docker_api, image, station, here, number):
     station()
@@ -412,20 +541,39 @@ def test_a_visit_whose_process_is_ended_leaves_nothing(prefect_server, docker_ap
         "V1",
     ]
 
-    def containers(state: str = "") -> list[dict[str, Any]]:
-        rows = docker_api.containers(all=True, filters={"label": f"{PACKAGE}={PACKAGE_NAME}"})
-        ours = [row for row in rows if row["Labels"].get(LEASE, "").startswith(f"{here}/")]
-        return [row for row in ours if "run_algorithm" in row["Command"] and row["State"] == state] if state else ours
-
     process = subprocess.Popen(command, env=prefect_server.env | {"OASIS_FLOWS_HOME": str(here)}, stdout=subprocess.DEVNULL)
     try:
-        eventually(lambda: containers("running"), 120)
+        eventually(lambda: running(docker_api, here), 120)
     finally:
         process.send_signal(number)
         process.wait(60)
     eventually(
-        lambda: reap(settings.current(), now=True) and not containers() and not list((here / "workspaces").iterdir()), 60
+        lambda: (
+            reap(settings.current(), now=True)
+            and not containers(docker_api, here)
+            and not list((here / "workspaces").iterdir())
+        ),
+        60,
     )
+
+
+def test_a_visit_that_dies_while_it_waits_for_an_answer_does_not_wait_for_ever(prefect_server, image, station, here):
+    station(policy={"hold_for_approval": True})
+    name = image(v1())
+    command = [sys.executable, "-m", "oasis_flows", "train", "run", name, "--station", "hospital-a", "--api", "V1"]
+    process = subprocess.Popen(command, env=prefect_server.env | {"OASIS_FLOWS_HOME": str(here)}, stdout=subprocess.DEVNULL)
+    try:
+        eventually(lambda: waiting(prefect_server, name), 180)
+    finally:
+        process.kill()
+        process.wait(60)
+    run_id = waiting(prefect_server, name)[0]["id"]
+
+    eventually(lambda: reap(settings.current(), now=True) and not list((here / "workspaces").iterdir()), 60)
+
+    run = prefect_server.api(f"/flow_runs/{run_id}")
+    assert run["state_type"] == "CRASHED"
+    assert run["state"]["message"].startswith("The process that ran it is gone")
 
 
 def test_a_draft_whose_run_is_dead_is_reaped(prefect_server, docker_api, busybox, here, tmp_path):
@@ -459,3 +607,56 @@ def test_the_station_s_loop_claims_each_train_once(prefect_server, docker_api, i
     wanted = {"flow_runs": {"tags": {"all_": [f"station-loop:{number}"]}}}
     (run,) = prefect_server.api("/flow_runs/filter", wanted)
     assert run["parameters"] == {"image": found, "station": {"$ref": {"block_document_slug": "station/looping"}}}
+
+
+def test_a_receiver_who_has_only_the_image_and_a_public_key(prefect_server, docker_api, image, station, tmp_path, capsys):
+    given = station()
+    assert main(["train", "key", "hospital-a"]) == 0
+    key, archive = capsys.readouterr().out.strip(), tmp_path / "train.tar"
+    successor = visit(image(v1()), given, api="V1").result()
+    archive.write_bytes(saved(docker_api, successor.image))
+    docker_api.remove_image(successor.image)
+
+    def verify(trusted: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        """On another machine, which has neither engine nor server nor this one's home."""
+        ours = ("PREFECT_", "OASIS_", "DOCKER_")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | {
+            "HOME": str(tmp_path / "elsewhere"),
+            "OASIS_FLOWS_TRUSTED_STATIONS": json.dumps(trusted),
+            "PREFECT_API_URL": "http://127.0.0.1:9/api",
+        }
+        command = [sys.executable, "-m", "oasis_flows", "train", "verify", str(archive)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+    known, unknown = verify({"hospital-a": key}), verify({"hospital-b": key})
+
+    assert known.returncode == 0, known.stderr
+    assert known.stdout.startswith("holds     visit 1, at hospital-a, ")
+    assert known.stdout.endswith("The record of 1 visit holds, and the train is what it says.\n")
+    assert unknown.returncode == 1
+    assert "a key that is not one of station 'hospital-a'" in unknown.stderr
+
+
+def test_commands_let_a_train_visit(docker_api, image, station, registry: Registry, capsys):
+    station(registry=f"{registry.address}/trains", policy={"max_size": "1KiB"})
+    name = image(v1())
+
+    assert main(["train", "run", name, "--station", "hospital-a"]) == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"Succeeded \(Completed\): run [0-9a-f-]{36}", first)
+    assert re.fullmatch(rf"the train: {re.escape(registry.address)}/trains/train_[0-9a-f]+@sha256:[0-9a-f]{{64}}", second)
+    assert (Path(third.removeprefix("the record: ")) / "chain.json").exists()
+
+    pulled = second.removeprefix("the train: ")
+    assert main(["train", "run", pulled, "--station", "hospital-a", "--api", "V1", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["state"], facts["status"], facts["message"]) == ("Completed", "Succeeded", None)
+    assert main(["train", "verify", facts["record"]]) == 0
+    assert "The record of 2 visits holds" in capsys.readouterr().out
+
+    assert main(["train", "run", image(v1("exit 4")), "--station", "hospital-a", "--api", "V1"]) == 1
+    said = capsys.readouterr()
+    assert re.fullmatch(r"Failed \(Failed\): run [0-9a-f-]{36}\n", said.out)
+    assert "ended with exit code 4" in said.err
+    assert main(["train", "run", name, "--station", "nowhere"]) == 2
+    assert "There is no station document 'nowhere'" in capsys.readouterr().err

@@ -54,7 +54,7 @@ class PrefectServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def run(self, *command: str, check: bool = True, **changes: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, check: bool = True, seconds: float = 240, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run a program of the virtual environment as a user of this server."""
         done = subprocess.run(
             [str(BIN / command[0]), *command[1:]],
@@ -63,7 +63,7 @@ class PrefectServer:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=seconds,
         )
         if check and done.returncode:
             pytest.fail(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
@@ -163,17 +163,17 @@ def here(prefect_server: PrefectServer, monkeypatch: pytest.MonkeyPatch, tmp_pat
         yield tmp_path / "home"
 
 
+def deploy(server: PrefectServer) -> None:
+    """Make the shipped pools and deployments, as the documentation says to."""
+    for pool, kind in (("gpu-process", "process"), ("gpu-docker", "docker"), ("gpu-kubernetes", "kubernetes")):
+        template = f"deployments/work-pools/{pool}.json"
+        server.run("prefect", "--no-prompt", "work-pool", "create", pool, "--type", kind, "--base-job-template", template)
+    server.run("prefect", "--no-prompt", "deploy", "--all")
+
+
 @pytest.fixture(scope="session")
 def deployed(prefect_server: PrefectServer) -> PrefectServer:
     """The server with the shipped pools, deployments, catalogue and sample dataset, as the documentation says to make them."""
-
-    def deploy() -> None:
-        for pool, kind in (("gpu-process", "process"), ("gpu-docker", "docker"), ("gpu-kubernetes", "kubernetes")):
-            template = f"deployments/work-pools/{pool}.json"
-            prefect_server.run(
-                "prefect", "--no-prompt", "work-pool", "create", pool, "--type", kind, "--base-job-template", template
-            )
-        prefect_server.run("prefect", "--no-prompt", "deploy", "--all")
 
     def describe() -> None:
         prefect_server.run("python", "deployments/images/co2-report/build.py")
@@ -182,7 +182,7 @@ def deployed(prefect_server: PrefectServer) -> PrefectServer:
 
     # Most of each command's time is Python's start.
     with ThreadPoolExecutor(2) as both:
-        for done in [both.submit(deploy), both.submit(describe)]:
+        for done in [both.submit(deploy, prefect_server), both.submit(describe)]:
             done.result()
     return prefect_server
 

@@ -1,5 +1,6 @@
 """What prerequisites keep: made once, held while it is used, and removed when nobody has used it for long."""
 
+import fcntl
 import os
 import threading
 import time
@@ -44,7 +45,7 @@ def test_what_nobody_has_used_for_long_is_removed_and_made_anew(root):
     (root / "a.12345678.new").mkdir()
 
     assert caches.reap(root, DAY) == ("a",)
-    assert [path.name for path in root.iterdir() if path.is_dir()] == []
+    assert list(root.iterdir()) == []
     with caches.held(root, "a", fill, never) as kept:
         assert (kept / "data").exists()
     assert caches.reap(root, DAY) == ()
@@ -64,6 +65,30 @@ def test_what_is_in_use_stays_however_long_that_takes(root):
         assert caches.reap(root, DAY) == ()
         assert kept == same
         assert (kept / "data").exists()
+
+
+def test_a_lock_that_is_removed_while_it_is_waited_for_says_nothing_about_its_successor(tmp_path):
+    lock, waits, used, goes = tmp_path / "a.lock", threading.Event(), threading.Event(), threading.Event()
+
+    def use():
+        with caches.held(tmp_path, "a", fill, waits.set):
+            used.set()
+            goes.wait(60)
+
+    thread = threading.Thread(target=use)
+    with lock.open("w") as reaper:
+        fcntl.flock(reaper, fcntl.LOCK_EX)
+        thread.start()
+        assert waits.wait(60)
+        lock.unlink()
+    assert used.wait(60)
+    age(tmp_path, "a", 2 * DAY)
+    kept = caches.reap(tmp_path, DAY)
+    goes.set()
+    thread.join()
+
+    assert kept == ()
+    assert (tmp_path / "a/data").exists()
 
 
 def test_what_is_being_made_stays(tmp_path):

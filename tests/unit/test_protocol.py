@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
+from oasis_flows.answer import MAX_RESPONSE_BYTES, Question, _suffix, response, response_in_file
 from oasis_flows.errors import ProtocolError
 from oasis_flows.protocol import (
-    MAX_RESPONSE_BYTES,
     Generation,
-    Question,
     Rebase,
     TrainState,
-    _suffix,
     argv,
     checked_tag,
     generation_of,
@@ -24,8 +22,6 @@ from oasis_flows.protocol import (
     read_description,
     read_run,
     read_summary,
-    response,
-    response_in_file,
 )
 from oasis_flows.requirement import Target
 
