@@ -10,7 +10,7 @@ TEST_PACKAGES := ceph-mon ceph-osd ceph-common radosgw docker-registry apache2-u
 # What the chaos suite uses.
 CHAOS_PACKAGES := ceph-mon ceph-osd ceph-common radosgw postgresql busybox-static docker.io
 
-.PHONY: help install demo demo-down test chaos check bench bench-quick clean
+.PHONY: help install demo demo-down test chaos check bench bench-quick bench-kubernetes clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ bench: install ## measure everything that people wait for, into benchmarks/resul
 bench-quick: install ## the same with less, in three minutes; SUBJECT: only one_run, say
 	@scripts/debian-packages $(CHAOS_PACKAGES)
 	@engine=$$(scripts/engine-up) && export "$$engine" && $(BIN)/python -m benchmarks --quick $(SUBJECT)
+
+bench-kubernetes: install ## what the Kubernetes engine costs, on the cluster that KUBECONFIG names, whose node is this machine
+	@scripts/debian-packages $(CHAOS_PACKAGES)
+	@engine=$$(scripts/engine-up) && export "$$engine" && $(BIN)/python -W ignore -m benchmarks kubernetes
 
 clean: ## remove what was made here: .venv, the demo's files, caches
 	@[ ! -e .demo/server.pid ] || $(BIN)/python examples/demo.py --down

@@ -2,7 +2,7 @@
 
     python -m benchmarks [--quick] [SUBJECT ...]
 
-The table is printed row by row. A whole run of all subjects is written to `benchmarks/results.md`.
+The subject `kubernetes` is measured only where it is named: it needs a cluster, the one of KUBECONFIG. The table is printed row by row. A whole run of all subjects is written to `benchmarks/results.md`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.surroundings import IMAGE, LIMITS, ROOT, ensure_image, quiet_prefect
 
 # isort: split
-from benchmarks import command_line, local_store, many_runs, memory, object_store, one_run, output, start
+from benchmarks import command_line, kubernetes, local_store, many_runs, memory, object_store, one_run, output, start
 from benchmarks.table import HEADER, Row
 from tests.servers.prefect import PrefectServer
 
@@ -38,6 +38,7 @@ LESS = " With `--quick`: sizes and turns are smaller than in a whole run."
 
 # What needs a Prefect server comes first: at the end it has gone.
 SERVED = ("one_run", "many_runs", "start", "memory")
+ASKED_FOR = ("kubernetes",)
 ALONE = ("command_line", "output", "local_store", "object_store")
 
 
@@ -52,6 +53,8 @@ def rows(subject: str, folder: Path, server: PrefectServer | None, *, quick: boo
             return many_runs.rows(folder, quick=quick)
         case "memory", _:
             return memory.rows(folder, quick=quick)
+        case "kubernetes", _:
+            return kubernetes.rows(folder, quick=quick)
         case "output", _:
             return output.rows(folder, quick=quick)
         case "local_store", _:
@@ -68,14 +71,16 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="smaller and fewer: less than three minutes on an idle machine")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results.md, as a whole run does")
-    parser.add_argument("subject", nargs="*", choices=[*SERVED, *ALONE, []], help="what to measure; everything, by default")
+    parser.add_argument(
+        "subject", nargs="*", choices=[*SERVED, *ALONE, *ASKED_FOR, []], help="what to measure; everything, by default"
+    )
     options = parser.parse_args()
     began, load, lines = time.time(), os.getloadavg()[0], list[str]()
     chosen = options.subject or [*SERVED, *ALONE]
     print(HEADER)
     with tempfile.TemporaryDirectory(prefix="oasis-bench-") as name:
         ensure_image()
-        for group, needs_server in ((SERVED, True), (ALONE, False)):
+        for group, needs_server in (((*SERVED, *ASKED_FOR), True), (ALONE, False)):
             subjects = [subject for subject in group if subject in chosen]
             with quiet_prefect(Path(name)) if needs_server and subjects else nullcontext() as server:
                 for subject in subjects:

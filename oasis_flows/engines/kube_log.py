@@ -4,6 +4,9 @@ Kubelet turns a log file over at 10 MiB, and keeps only the newest for who comes
 that waits for nobody; what the sink cannot take at once lies in a file without a name. Each line bears its time. After a broken
 connection that is where to go on: kubelet repeats whole seconds, and what of them was delivered is passed over.
 
+Who writes faster than kubelet reads loses what was turned over twice meanwhile. No API tells, but the times do: they leap over what was
+written long before the last line was read.
+
 Kubelet tells stdout and stderr apart in no stream, and turns "\\r\\n" into "\\n".
 """
 
@@ -31,6 +34,8 @@ _HEAD_BYTES = 1024
 _IN_MEMORY = 16 << 20
 _STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d) ")
 _LONGEST_STAMP = 40
+# Kubelet turns a file over when it is larger than 10 MiB, and looks every ten seconds.
+_LEAST_OF_A_FILE, _LEAST_OF_A_GAP = 8 << 20, 5.0
 _WHOLE_LINE = 1 << 62
 
 
@@ -38,11 +43,12 @@ class Stamped:
     """Takes timestamps off a log, and passes over what was delivered before the connection broke.
 
     What does not begin with a time is kubelet's own word, such as that the log of an evicted pod cannot be had; `foreign` is
-    how that began.
+    how that began. `gap_seconds` is of how long a time lines seem to be missing: kubelet has turned its file over twice while it read.
     """
 
     def __init__(self) -> None:
-        self.foreign = b""
+        self.foreign, self.gap_seconds = b"", 0.0
+        self.taken_bytes, self._took_last = 0, 0.0
         self._buffer, self._in_line = b"", False
         # The times of all lines since the beginning of the second before the last one, and how much of the last is delivered.
         self._second, self._zone, self._stamps = b"", b"Z", deque[bytes]()
@@ -93,6 +99,7 @@ class Stamped:
                     self._last_bytes += len(fresh[-1])
             at = stop
         self._buffer = buffer[at:]
+        self.taken_bytes, self._took_last = self.taken_bytes + len(data), time.time()
         return b"".join(fresh)
 
     def close(self) -> None:
@@ -109,12 +116,21 @@ class Stamped:
             self._skip = self._last_bytes if self._in_last else _WHOLE_LINE
             return
         if second > self._second:
+            self._note_gap(second)
             # Two streams may be a little out of order, so what came in the second before is remembered, too.
             while self._stamps and self._stamps[0][:19] < self._second:
                 self._stamps.popleft()
             self._second = second
         self._stamps.append(stamp)
         self._skip, self._last_bytes, self._in_last = 0, 0, True
+
+    def _note_gap(self, second: bytes) -> None:
+        """A line comes that was there when the one before it was read, and is much younger."""
+        if self.taken_bytes < _LEAST_OF_A_FILE:
+            return
+        before, after = (datetime.fromisoformat((each + self._zone).decode()).timestamp() for each in (self._second, second))
+        if after - before >= _LEAST_OF_A_GAP and after < self._took_last:
+            self.gap_seconds += after - before
 
 
 class Spool:
@@ -178,7 +194,7 @@ class LogFollower:
         self._spool, self._stamped = Spool(), Stamped()
         self._over = threading.Event()
         self._response: Any = None
-        self._touched = time.monotonic()
+        self._touched, self._kept_bytes = time.monotonic(), 0
         self.head, self.lost = b"", ""
         self.failure: BaseException | None = None
         self.failed = threading.Event()
@@ -191,7 +207,9 @@ class LogFollower:
         self._writer.start()
 
     def ended(self, seconds: float) -> None:
-        """The container has ended: take the rest, for so many seconds after the last byte at most, and return."""
+        """The container has ended: take the rest, for so many seconds after now and after the last byte at most, and return."""
+        # One that said nothing for long before its end has its last words still to come.
+        self._touched = time.monotonic()
         self._over.set()
         while self._reader.is_alive():
             self._reader.join(0.2)
@@ -226,12 +244,17 @@ class LogFollower:
         except Exception as error:  # noqa: BLE001 - told with the exit
             self.lost = f"its log could not be read to the end: {error}"
         finally:
+            if self._stamped.gap_seconds:
+                self.lost = self.lost or (
+                    f"the algorithm wrote faster than its node reads, for {self._stamped.gap_seconds:.0f} s, and the node throws away what "
+                    "it has turned over twice"
+                )
             self._spool.close()
 
     def _follow(self) -> None:
         until = time.monotonic() + self._patience
         while True:
-            ended_before = self._over.is_set()
+            ended_before, delivered_before = self._over.is_set(), self._kept_bytes
             try:
                 whole = self._read_once()
             except Refused as error:
@@ -248,7 +271,7 @@ class LogFollower:
             else:
                 until = time.monotonic() + self._patience
                 # A log that is followed ends a little before the container is seen to end.
-                if whole and self._over.wait(5.0):
+                if whole and self._over.wait(5.0) and not self._may_be_turned_over(delivered_before):
                     return
             if self.failed.is_set():
                 return
@@ -256,6 +279,10 @@ class LogFollower:
                 self.lost = self.lost or "its log could not be read to the end"
                 return
             self._over.wait(1.0) if not self._over.is_set() else time.sleep(1.0)
+
+    def _may_be_turned_over(self, delivered_before: int) -> bool:
+        """May there be a newer file? Of a container that has ended kubelet reads the one that it has open to the end, and no other."""
+        return self._stamped.taken_bytes >= _LEAST_OF_A_FILE and self._kept_bytes > delivered_before
 
     def _read_once(self) -> bool:
         """Read until the stream ends; False if it broke."""
@@ -281,6 +308,7 @@ class LogFollower:
         return True
 
     def _keep(self, data: bytes) -> None:
+        self._kept_bytes += len(data)
         if len(self.head) < _HEAD_BYTES:
             self.head += data[: _HEAD_BYTES - len(self.head)]
         self._spool.put(data)

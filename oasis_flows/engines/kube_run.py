@@ -41,7 +41,7 @@ Tell = Callable[[str], None]
 
 _SECONDS_TO_DIE = 60.0
 # How long a start may take before anybody asks why, and how often then.
-_PATIENT_START, _ASK_AGAIN = 2.0, 2.0
+_PATIENT_START, _ASK_AGAIN = 2.0, 1.0
 _SECONDS_FOR_SECRETS = 10.0
 # Whose pod is deleted at once still has this second: none would only forget it while it runs on.
 _AT_ONCE = 1
@@ -204,7 +204,7 @@ class Supervision:
         self._delivery = Delivery(log, job.resources.log_bytes)
         self._follower: LogFollower | None = None
         self._passed: Passed | None = None
-        self._stopped = self._lingers = self._deleting = False
+        self._stopped = self._lingers = self._deleting = self._told_deletion = False
         self._in_force: Json = {}
         self._began, self._started_at = time.monotonic(), 0.0
         self._asked, self._told, self._renewed, self._looked_for_room = 0.0, "", 0.0, False
@@ -233,6 +233,7 @@ class Supervision:
                 self._note_start(pod)
             if self._ended(sight):
                 return sight
+            self._note_deletion(sight)
             if pod is None or not verdict.is_running(pod):
                 self._explain(sight)
             if self._follower is not None and self._follower.failed.is_set():
@@ -247,6 +248,16 @@ class Supervision:
     @staticmethod
     def _ended(sight: Sight) -> bool:
         return sight.gone or (sight.pod is not None and (verdict.has_ended(sight.pod) or verdict.is_orphaned(sight.pod)))
+
+    def _note_deletion(self, sight: Sight) -> None:
+        """Say at once that somebody else ends it: its container may take all of its grace."""
+        if sight.pod is None or self._deleting or self._told_deletion or not sight.pod["metadata"].get("deletionTimestamp"):
+            return
+        self._told_deletion = True
+        self._cluster.tell(
+            f"The pod {sight.pod['metadata']['name']} is being deleted, by somebody else or by the cluster; its container has "
+            f"{sight.pod['metadata'].get('deletionGracePeriodSeconds', 0)} s to end."
+        )
 
     def _is_over(self) -> bool:
         """Does nothing of it run any more? A pod whose Job was deleted without it does."""
@@ -372,16 +383,16 @@ class Supervision:
             )
 
     def _look_at_job(self) -> Json:
+        """The Job as it is."""
         try:
-            return self._cluster.api.call("GET", f"{self._cluster.jobs}/{self._name}", patience_seconds=0)
+            found = self._cluster.watch.job(self._uid, self._began)
         except Refused as error:
-            if error.status == 404:
-                raise ContainerLost(
-                    f"The Job {self._name} vanished before it began. Somebody deleted it; run it again."
-                ) from error
             raise error.translated(f"to show {self._name}") from error
         except EngineUnavailable:
             return self._row
+        if found is None:
+            raise ContainerLost(f"The Job {self._name} vanished before it began. Somebody deleted it; run it again.")
+        return found
 
     def _refuse_hopeless(self, words: str) -> None:
         """Return if there is a node, or may be one, that could take the pod if nothing else ran there.

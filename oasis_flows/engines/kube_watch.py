@@ -1,4 +1,4 @@
-"""One watch of a namespace's pods for all Jobs that a process follows, and one look at its events for all that wait."""
+"""One watch of a namespace's pods for all Jobs that a process follows; one look at its events and Jobs for all that wait."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Json = Mapping[str, Any]
 _UID = "batch.kubernetes.io/controller-uid"
 # The server ends a watch then, and it goes on where it was; without any word of it for much longer the way is blocked.
 _WATCH_SECONDS = 240
-_EVENTS_SECONDS = 2.0
+_EVENTS_SECONDS, _JOBS_SECONDS = 2.0, 1.0
 _LINE_LIMIT = 64 << 20
 
 
@@ -52,6 +52,7 @@ class PodWatch:
         self._turn: object | None = None
         self._response: Any = None
         self._events: tuple[float, Sequence[Json]] = (float("-inf"), ())
+        self._jobs: tuple[float, Mapping[str, Json]] = (float("-inf"), {})
         self._asking = threading.Lock()
         self.away_since: float | None = None
         self.failure: Exception | None = None
@@ -103,6 +104,22 @@ class PodWatch:
                 events = self.read_events({"fieldSelector": "type=Warning", "limit": "500"})
                 self._events = (time.monotonic(), events)
         return [event for event in events if event["involvedObject"].get("uid") in uids]
+
+    def job(self, uid: str, made: float) -> Json | None:
+        """A Job made before the monotonic time `made`, as it was at most a second ago, whoever asked then; `None` when it was gone.
+
+        Raises:
+            Refused: Jobs may not be listed.
+            EngineUnavailable: the server does not answer.
+        """
+        with self._asking:
+            asked, jobs = self._jobs
+            if asked < max(made, time.monotonic() - _JOBS_SECONDS):
+                path, began = f"/apis/batch/v1/namespaces/{self._namespace}/jobs", time.monotonic()
+                found = self._api.call("GET", path, query={"labelSelector": SELECTOR}, patience_seconds=0)
+                jobs = {job["metadata"]["uid"]: job for job in found["items"]}
+                self._jobs = (began, jobs)
+        return jobs.get(uid)
 
     def read_events(self, query: Mapping[str, str]) -> list[Json]:
         """Events of the namespace, oldest first; none where they may not be read, or nobody answers."""

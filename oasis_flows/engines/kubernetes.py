@@ -59,11 +59,16 @@ class KubernetesEngine:
     ) -> None:
         self._place, self._find_access, self._images, self._tell = place, access, images, tell
         self._patience, self._grows = patience_seconds, grows
-        self._lock = threading.Lock()
+        self._lock, self._closing = threading.Lock(), threading.Lock()
         self._cluster: kube_run.Cluster | None = None
         self._pulled: dict[str, spec.Pulled] = {}
         self._absent: dict[str, float] = {}
         self._closed = False
+
+    @property
+    def calls(self) -> Mapping[str, int]:
+        """How many requests were made of the API server, by what RBAC calls them, such as `create jobs`."""
+        return {} if self._cluster is None else dict(self._cluster.api.calls)
 
     def prepare(self, image: ImageSource) -> str:
         """Pin the image by the digest that its registry has, or push the image file there unless it is there already.
@@ -284,8 +289,14 @@ class KubernetesEngine:
         Raises:
             UnsupportedByEngine: it has none, and this process may not make it.
         """
-        if job.sandbox.network or self._closed:
+        if job.sandbox.network:
             return
+        with self._closing:
+            if not self._closed:
+                self._look_at_policy(cluster)
+                self._closed = True
+
+    def _look_at_policy(self, cluster: kube_run.Cluster) -> None:
         path = f"/apis/networking.k8s.io/v1/namespaces/{cluster.place.namespace}/networkpolicies"
         try:
             try:
@@ -304,7 +315,6 @@ class KubernetesEngine:
                 f"The NetworkPolicy {spec.POLICY} of the namespace {cluster.place.namespace} no longer closes the network of algorithms. "
                 "Apply deployments/kubernetes again, or write `network: true`."
             )
-        self._closed = True
 
     def _claim_words(self, cluster: kube_run.Cluster) -> str:
         """Where the workspace is, and how this process and pods both get at it."""

@@ -262,6 +262,27 @@ class TestBrokenWays:
         assert time.monotonic() - deleted[0] < 7  # the removal that follows is in it
         assert nothing_left(double)
 
+    def test_a_deletion_is_told_while_the_container_still_ends(self, engine, double, job, told):
+        double.script, double.seconds_to_die = Script(states=((0.0, running()),)), 3.0
+        heard: list[float] = []
+
+        def delete() -> None:
+            time.sleep(0.7)
+            began = time.monotonic()
+            double.delete_job(next(iter(double.jobs)), "Background")
+            while not any("being deleted" in line for line in told) and time.monotonic() < began + 30:
+                time.sleep(0.02)
+            heard.append(time.monotonic() - began)
+
+        deleting = threading.Thread(target=delete)
+        deleting.start()
+        with pytest.raises(ContainerLost, match="Somebody deleted"):
+            engine.run(job(), Log())
+        deleting.join()
+
+        assert heard[0] < 2
+        assert sum("being deleted" in line for line in told) == 1
+
     def test_an_eviction_says_so(self, engine, double, job):
         last = running()
         last["conditions"].append(

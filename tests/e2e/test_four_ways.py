@@ -33,7 +33,7 @@ def assert_published(run, server):
 
 
 RECURRING = """
-pull: null
+pull: []
 deployments:
   - name: hourly
     entrypoint: oasis_flows.flows.algorithm_task.algorithm_task

@@ -12,14 +12,13 @@ from prefect.blocks.system import Secret
 
 from oasis_flows import documents, store, tasks
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
-from oasis_flows.engines import docker_spec
 from oasis_flows.errors import AlgorithmFailed, DescriptionError, StoreUnavailable, UnsafeName
 from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.plan import location
 from oasis_flows.running import open_log
 from oasis_flows.settings import current
 from tests.images import TinyImage, busybox_layer, docker_archive, oci_archive
-from tests.servers.engine import containers_of, eventually
+from tests.servers.engine import eventually
 from tests.servers.faultproxy import Faults, between
 from tests.servers.prefect import HOME
 
@@ -50,8 +49,8 @@ NASTY = [
 
 
 @pytest.fixture
-def image(busybox):
-    return DockerImage(image_id=busybox)
+def image(ground):
+    return DockerImage(image_id=ground.image)
 
 
 @pytest.fixture
@@ -90,17 +89,17 @@ class Ran:
 
 
 @pytest.fixture
-def ran(prefect_server, here, docker_api, letters):
-    """Runs the flow on the machine's engine; whatever happens, no container and no workspace may stay."""
+def ran(prefect_server, ground, letters):
+    """Runs the flow on an engine; whatever happens, no container and no workspace may stay."""
     runs = []
 
     def run(algorithm, dataset=None, **options):
-        done = Ran(prefect_server, here, algorithm_task(algorithm, dataset or letters, return_state=True, **options))
+        done = Ran(prefect_server, ground.home, algorithm_task(algorithm, dataset or letters, return_state=True, **options))
         runs.append(done)
         return done
 
     yield run
-    assert [containers_of(docker_api, done.id) for done in runs if containers_of(docker_api, done.id)] == []
+    assert [ground.seen(done.id) for done in runs if ground.seen(done.id)] == []
 
 
 ECHO = '/bin/sh -c "echo DATA > output/hello.txt && echo HI"'
@@ -117,16 +116,18 @@ def test_a_command_leaves_exactly_its_file_and_its_line(ran, image):
 
 
 @pytest.mark.parametrize(("write", "options"), [(docker_archive, {}), (oci_archive, {"packed": True})])
-def test_an_image_file_does_the_same_as_an_image_of_a_registry(ran, docker_api, tmp_path, write, options):
+def test_an_image_file_does_the_same_as_an_image_of_a_registry(ran, ground, docker_api, tmp_path, write, options):
     # An image of its own, which the engine does not know yet.
     tiny = TinyImage(config={"Env": ["PATH=/bin", f"WRITTEN_BY={write.__name__}-{tmp_path}"]}, layers=(busybox_layer(),))
     archive = write(tmp_path / "image.tar", tiny, **options)
     done = ran(Algorithm(docker_image=DockerImage(image_file=str(archive)), command=ECHO))
-    docker_api.remove_image(done.record["image"], force=True)
+    if ground.name == "docker":
+        docker_api.remove_image(done.record["image"], force=True)
 
     assert done.log == b"HI\n"
     assert done.files == {"hello.txt": b"DATA\n"}
-    assert done.record["image"].startswith("sha256:")
+    # A cluster's nodes pull it by digest.
+    assert re.fullmatch("sha256:.*" if ground.name == "docker" else ".*/algorithms@sha256:.*", done.record["image"])
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_a_parameter_in_a_shell_script_injects_no_word(ran, image):
     assert done.files == {"words": f"{value}|".encode() * 4}
 
 
-def test_the_environment_is_the_images_and_the_documents_exactly(ran, image):
+def test_the_environment_is_the_images_and_the_documents_exactly(ran, ground, image):
     values = {
         "PLAIN": "a=b",
         "QUOTES": "\"'`$x",
@@ -256,6 +257,9 @@ def test_the_environment_is_the_images_and_the_documents_exactly(ran, image):
 
     assert got.pop("HOSTNAME")
     assert got.pop("HOME")
+    if ground.name == "kubernetes":
+        # Kubelet adds the API server's address, and nobody can leave it out.
+        got = {name: value for name, value in got.items() if not name.startswith("KUBERNETES_")}
     assert got == values | {
         "BRACES": "7 {n} {m}",
         "PATH": "/bin",
@@ -268,7 +272,7 @@ def test_the_environment_is_the_images_and_the_documents_exactly(ran, image):
     }
 
 
-def test_an_image_without_entrypoint_or_command_given_runs_its_own(ran, docker_api, tmp_path):
+def test_an_image_without_entrypoint_or_command_given_runs_its_own(ran, ground, docker_api, tmp_path):
     tiny = TinyImage(
         config={"Env": ["PATH=/bin"], "Entrypoint": ["/bin/sh", "-c"], "Cmd": ["echo from the image > output/own"]}
     )
@@ -276,13 +280,14 @@ def test_an_image_without_entrypoint_or_command_given_runs_its_own(ran, docker_a
     own = DockerImage(image_file=str(archive))
     alone = ran(Algorithm(docker_image=own))
     other = ran(Algorithm(docker_image=own, command=["echo from the document > output/own"]))
-    docker_api.remove_image(tiny.id, force=True)
+    if ground.name == "docker":
+        docker_api.remove_image(tiny.id, force=True)
 
     assert alone.files == {"own": b"from the image\n"}
     assert other.files == {"own": b"from the document\n"}
 
 
-def test_the_sandbox_is_closed_and_what_was_in_force_is_recorded(ran, image):
+def test_the_sandbox_is_closed_and_what_was_in_force_is_recorded(ran, ground, image):
     script = "id -u; touch /root-file; ls /var/run/docker.sock; ip link | grep -c '^[0-9]'; touch /tmp/free && echo tmp; pwd; env | grep -ci aws"
     done = ran(Algorithm(docker_image=image, command=["sh", "-c", script + "; true"], memory="64MiB", cpus=0.5))
     force = done.record["sandbox"]["in_force"]
@@ -290,7 +295,11 @@ def test_the_sandbox_is_closed_and_what_was_in_force_is_recorded(ran, image):
     assert b"Read-only file system" in done.log
     assert b"docker.sock: No such file" in done.log
     assert done.log.split(b"\n")[-4:] == [b"tmp", b"/work", b"0", b""]
-    assert (force["network"], force["read_only_root"], force["memory_bytes"], force["cpus"]) == ("none", True, 64 << 20, 0.5)
+    limits = (
+        {"cpu": "500m", "memory": str(64 << 20)} if ground.name == "kubernetes" else {"memory_bytes": 64 << 20, "cpus": 0.5}
+    )
+    assert limits.items() <= (force["limits"] if ground.name == "kubernetes" else force).items()
+    assert (force["network"], force["read_only_root"]) == ("none", True)
     assert force["capabilities_dropped"] == ["ALL"]
     assert done.record["sandbox"]["loosened"] == []
 
@@ -315,17 +324,22 @@ def test_an_output_that_cannot_be_carried_is_refused_and_everything_else_kept(ra
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_a_secret_reaches_the_container_and_nothing_that_is_kept(ran, image, prefect_server, docker_api, here, code):
+def test_a_secret_reaches_the_container_and_nothing_that_is_kept(ran, ground, image, prefect_server, docker_api, code):
     Secret(value=SECRET).save("golden-hush", overwrite=True)
     digest = hashlib.sha256(SECRET.encode()).hexdigest()
     script = (
         'echo "got $TOKEN"; echo "$TOKEN" >&2; sleep 1; echo fine > output/file;'
         f'printf %s "$TOKEN" | sha256sum | grep -q {digest} && exit {code}'
     )
-    rows = []
-    looking = threading.Thread(
-        target=lambda: eventually(lambda: rows.extend(docker_api.containers(filters={"ancestor": image.image_id})) or rows, 60)
-    )
+    before, told = {path.name for path in (ground.home / "workspaces").glob("*")}, []
+
+    def look() -> bool:
+        """Keep what the engine tells of the run's container; a run's workspace bears its id."""
+        new = {path.name for path in (ground.home / "workspaces").glob("*")} - before
+        told.extend(text for text in map(ground.seen, new) if text)
+        return bool(told)
+
+    looking = threading.Thread(target=lambda: eventually(look, 60))
     looking.start()
     done = ran(Algorithm(docker_image=image, command=["sh", "-c", script], secret_environment={"TOKEN": "golden-hush"}))
     looking.join()
@@ -335,15 +349,17 @@ def test_a_secret_reaches_the_container_and_nothing_that_is_kept(ran, image, pre
     assert done.record["exit"]["exit_code"] == code
     assert sorted(done.log.splitlines()) == [b"***", b"got ***"]
     assert done.record["secret_environment"] == {"TOKEN": "golden-hush"}
-    assert rows[0]["Labels"][docker_spec.RUN_ID] == done.id
-    kept = [path for root in (done.folder, here, HOME) for path in root.rglob("*") if path.is_file()]
+    assert done.id in told[0]
+    kept = [path for root in (done.folder, ground.home, HOME) for path in root.rglob("*") if path.is_file()]
     assert {path.name for path in kept} >= {"log.txt", "task.json", "prefect.db"}
     everything = {
         **{str(path): path.read_bytes() for path in kept},
         "server": json.dumps([artifacts, logs, done.run]).encode(),
         "exception": repr(done.result).encode(),
-        "engine": json.dumps([rows, docker_api.history(image.image_id), docker_api.inspect_image(image.image_id)]).encode(),
+        "engine": "".join(told).encode(),
     }
+    if ground.name == "docker":
+        everything["image"] = json.dumps([docker_api.history(ground.image), docker_api.inspect_image(ground.image)]).encode()
     assert [name for name, content in everything.items() if SECRET.encode() in content] == []
 
 

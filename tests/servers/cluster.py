@@ -5,11 +5,14 @@ Each session has a namespace of its own there, with a claim on the folder of its
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +22,7 @@ from oasis_flows.engines.kube_api import KubeApi, Refused
 from oasis_flows.engines.kubernetes import KubernetesEngine
 from oasis_flows.job import ImageSource
 from tests.images import TinyImage, busybox_layer, docker_archive, layer
+from tests.servers.engine import containers_of
 from tests.servers.registry import Registry
 
 # A suite that is run on no cluster has no tests of it, rather than tests that are passed over.
@@ -36,6 +40,15 @@ class TestCluster:
     api: KubeApi
     namespace: str
     image: str
+    home: Path
+    settings: dict[str, str]
+    claim: str = CLAIM
+
+    def objects(self, kind: str, run_id: str) -> list[dict[str, Any]]:
+        """A run's Jobs, pods or Secrets."""
+        path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs" if kind == "jobs" else self.core(kind)
+        found: list[dict[str, Any]] = self.api.call("GET", path, query={"labelSelector": f"{spec.RUN}={run_id}"})["items"]
+        return found
 
     def left(self) -> list[str]:
         """Names of the Jobs, pods and Secrets that are there."""
@@ -53,7 +66,13 @@ class TestCluster:
 @pytest.fixture(scope="session")
 def cluster(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
     """The cluster of `KUBECONFIG`; fails where none answers."""
-    home = tmp_path_factory.getbasetemp()
+    with open_cluster(registry, tmp_path_factory.getbasetemp()) as found:
+        yield found
+
+
+@contextmanager
+def open_cluster(registry: Registry, home: Path) -> Iterator[TestCluster]:
+    """A namespace of its own on the cluster of `KUBECONFIG`, with a claim on the folder `home`, for the time of the block."""
     api = KubeApi(find_access())
     namespace = f"oasis-test-{uuid.uuid4().hex[:8]}"
     volume = {
@@ -92,8 +111,50 @@ def cluster(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Ite
             "opt/elsewhere": (0o755, b"\x7fELF\x02\x01\x01\0garbage of another architecture\n"),
         }
         archive = docker_archive(home / "busybox.tar", TinyImage(layers=(busybox_layer(), layer(strange))))
-        yield TestCluster(engine, api, namespace, engine.prepare(ImageSource(image_file=str(archive))))
+        settings = {
+            "OASIS_FLOWS_ENGINE": "kubernetes",
+            "OASIS_FLOWS_HOME": str(home),
+            "OASIS_FLOWS_KUBERNETES_NAMESPACE": namespace,
+            "OASIS_FLOWS_KUBERNETES_CLAIM": CLAIM,
+            "OASIS_FLOWS_KUBERNETES_REGISTRY": f"http://{registry.address}/algorithms",
+            "OASIS_FLOWS_KUBERNETES_PENDING": "120",
+        }
+        image = engine.prepare(ImageSource(image_file=str(archive)))
+        yield TestCluster(engine, api, namespace, image, home, settings)
     finally:
         for path in (f"/api/v1/namespaces/{namespace}", f"/api/v1/persistentvolumes/{namespace}"):
             with suppress(Refused):
                 api.call("DELETE", path, {"propagationPolicy": "Background"})
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a test's runs run on: the engine's name, the home of this process's runs, and an image that the engine has.
+
+    `seen` is what the engine tells of a run's containers, as text, empty where there are none; Secrets are not told.
+    """
+
+    name: str
+    home: Path
+    image: str
+    seen: Callable[[str], str]
+
+
+@pytest.fixture(params=["docker", *HERE])
+def ground(request: pytest.FixtureRequest, here: Path, busybox: str, monkeypatch: pytest.MonkeyPatch) -> Ground:
+    """The machine's engine; and the cluster, where there is one."""
+    if request.param == "docker":
+        api = request.getfixturevalue("docker_api")
+        return Ground("docker", here, busybox, lambda run_id: _text(containers_of(api, run_id)))
+    cluster: TestCluster = request.getfixturevalue("cluster")
+    for name, value in cluster.settings.items():
+        monkeypatch.setenv(name, value)
+
+    def seen(run_id: str) -> str:
+        return _text([*cluster.objects("jobs", run_id), *cluster.objects("pods", run_id)])
+
+    return Ground("kubernetes", cluster.home, cluster.image, seen)
+
+
+def _text(rows: list[dict[str, Any]]) -> str:
+    return json.dumps(rows) if rows else ""

@@ -85,6 +85,7 @@ class Double:
     watches: int = 0
     most_watches: int = 0
     epoch: int = 0
+    seconds_to_die: float = 0.05
     # After so many bytes a log's connection is cut, once for each number.
     cut_log_after: list[int] = field(default_factory=list)
 
@@ -145,7 +146,7 @@ class Double:
         self.emit("MODIFIED", pod)
 
         def die() -> None:
-            time.sleep(0.05)
+            time.sleep(self.seconds_to_die)
             for each in pod["status"].get("containerStatuses") or ():
                 if "running" in each["state"]:
                     times = {"startedAt": each["state"]["running"]["startedAt"], "finishedAt": _now()}

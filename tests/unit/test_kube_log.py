@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import contextmanager
+from datetime import datetime
+
 from hypothesis import given, settings, strategies as st
 
-from oasis_flows.engines.kube_log import Spool, Stamped
+from oasis_flows.engines.docker_output import Delivery
+from oasis_flows.engines.kube_log import LogFollower, Spool, Stamped
 
 
 def stamp(nanoseconds: int, zone: str = "Z") -> bytes:
@@ -49,7 +55,6 @@ def test_every_byte_comes_once_wherever_the_way_breaks(told, newline, zone, data
 
 def sent_since(entries: list[tuple[int, bytes]], since: str | None, zone: str) -> bytes:
     """What kubelet answers: it leaves out what is before the second that it was asked for."""
-    from datetime import datetime
 
     def is_wanted(moment: int) -> bool:
         if since is None:
@@ -93,3 +98,65 @@ def test_a_spool_takes_more_than_it_keeps_in_memory():
     spool.close()
 
     assert b"".join(spool) == b"".join(bytes([number]) + piece for number in range(40))
+
+
+def written(second: int, size: int) -> bytes:
+    """A line of so many bytes, of a second of the past."""
+    return stamp(second * 10**9) + b"x" * size + b"\n"
+
+
+def test_a_leap_over_what_had_been_written_long_before_is_a_gap():
+    log = Stamped()
+    log.feed(written(0, 9 << 20))
+    log.feed(written(7, 10))
+    assert log.gap_seconds == 7
+
+
+def test_a_pause_of_a_short_log_is_none_and_neither_is_a_short_leap():
+    short, steady = Stamped(), Stamped()
+    short.feed(written(0, 10))
+    short.feed(written(7, 10))
+    for second in range(0, 40, 4):
+        steady.feed(written(second, 1 << 20))
+    assert (short.gap_seconds, steady.gap_seconds) == (0, 0)
+
+
+def test_a_pause_that_was_waited_for_is_no_gap(monkeypatch):
+    moment = datetime.fromisoformat("2026-11-21T10:00:00+00:00").timestamp()
+    monkeypatch.setattr("oasis_flows.engines.kube_log.time.time", lambda: moment)
+    log = Stamped()
+    log.feed(written(0, 9 << 20))
+    moment += 60
+    log.feed(written(60, 10))
+    assert log.gap_seconds == 0
+
+
+class LateWords:
+    """In the place of the API: a log that says nothing until its container has ended, and a second after that its last words."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self._told = [stamp(0) + b"last words\n"]
+
+    @contextmanager
+    def stream(self, _path, _query):
+        yield self
+
+    def read1(self, _size):
+        self.over.wait(30)
+        time.sleep(1.0 if self._told else 0)
+        return self._told.pop() if self._told else b""
+
+    def shutdown(self):
+        self._told.clear()
+
+
+def test_the_last_words_of_who_was_silent_for_long_are_waited_for():
+    api, got = LateWords(), []
+    follower = LogFollower(api, "path", "main", Delivery(lambda _, data: got.append(data), None), 60.0)
+    follower._touched -= 3600
+    follower.start()
+    api.over.set()
+    follower.ended(20.0)
+
+    assert (b"".join(got), follower.lost) == (b"last words\n", "")
