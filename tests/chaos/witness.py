@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,8 +20,9 @@ from .audit import Claims, Leftovers, Place, Truth
 from .rounds import Played, Player
 from .world import RESULTS, World
 
-# What is Prefect's own in TMPDIR; its worker's `tmp…prefect` stay when it is killed.
-_PREFECTS = ("runner_storage", prefect.HOME.name)
+# What is others' in TMPDIR: Prefect's worker leaves a `tmp…prefect` when it is killed, and an engine that was stalled has its containerd
+# write down where it stands before it kills it.
+_OTHERS = re.compile(rf"runner_storage|{re.escape(prefect.HOME.name)}|.*prefect|containerd\.\d+\.stacks\.log")
 
 
 class Witness:
@@ -91,11 +93,7 @@ class Witness:
                 **{sort: tuple(names) for sort, names in found.items()},
                 "workspaces": tuple(path.name for path in (world.home / "workspaces").glob("*")),
                 "watchdogs": watchdogs(),
-                "temporary files": tuple(
-                    p.name
-                    for p in (world.folder / "tmp").iterdir()
-                    if p.name not in _PREFECTS and not p.name.endswith("prefect")
-                ),
+                "temporary files": tuple(p.name for p in (world.folder / "tmp").iterdir() if not _OTHERS.fullmatch(p.name)),
                 "broken-off uploads": tuple(upload["Key"] for upload in uploads),
                 "files half written": tuple(litter),
                 "outputs of unknown runs": tuple(strangers - owners),
