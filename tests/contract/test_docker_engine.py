@@ -253,7 +253,8 @@ class TestUsage:
         ended, _ = sh(STEPS, resources=Resources(memory_bytes=256 * MIB))
         rounded = [round(sample.memory_bytes / 20e6) for sample in ended.usage]
         assert sorted(set(rounded)) in ([1, 2], [0, 1, 2])
-        assert rounded[-1] == 1
+        # The last may fall into the moment in which it ends.
+        assert rounded[-1] < 2
         assert 0 <= ended.seconds - ended.usage[-1].seconds < 0.5
 
     def test_seen_by_the_engine_alone(self, make_job: Make, docker_api: Any, tmp_path: Path) -> None:
@@ -655,8 +656,8 @@ class TestParts:
         eventually(lambda: all(log.text("stdout") == b"began\n" for log in logs), 60)
 
         ids = {row["Id"] for job in parts for row in containers_of(docker_api, job.run_id)}
-        assert ids <= {found["Id"] for found in docker_run.inspect_running(docker_api, None)}
-        assert not ids & {found["Id"] for found in docker_run.inspect_running(docker_api, whole)}
+        assert ids <= {found["Id"] for found in docker_run.inspect_running(docker_api, ())}
+        assert not ids & {found["Id"] for found in docker_run.inspect_running(docker_api, [whole])}
         (machine,) = docker_engine.nodes()
         assert machine.requested.millicpus >= 500
         assert machine.allocatable.memory_bytes == docker_api.info()["MemTotal"]
