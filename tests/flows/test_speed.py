@@ -220,12 +220,12 @@ def test_a_server_that_was_busy_for_a_moment_is_asked_again_soon():
 def test_a_server_that_stays_busy_is_waited_for_as_prefect_does():
     asked = httpx.Request("GET", "http://127.0.0.1/")
     said = []
-    for _ in range(4):
+    for _ in range(6):
         answer = httpx.Response(503, request=asked)
         backoff._soon(answer)
         said.append(answer.headers.get("Retry-After"))
 
-    assert said == ["0.1", "0.4", None, None]
+    assert said == ["0.1", "0.4", "1.5", "8.0", "32.0", None]
 
 
 def test_a_run_asks_again_soon(prefect_server: PrefectServer, shipped: Path, monkeypatch: pytest.MonkeyPatch):
