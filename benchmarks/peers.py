@@ -46,7 +46,7 @@ from airflow.sdk import DAG
 
 with DAG("nothing") as dag:
     DockerOperator(
-        task_id="nothing", image="{IMAGE}", command="true", auto_remove="force", network_mode="none", cap_add=[], mem_limit="1g", cpus=1,
+        task_id="nothing", image="{IMAGE}", command="true", auto_remove="force", network_mode="none", mem_limit="1g", cpus=1,
         docker_url=os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"), mount_tmp_dir=False,
     )
 

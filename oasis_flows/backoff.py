@@ -1,7 +1,7 @@
 """A shorter pause before what a Prefect server on SQLite refused for a moment is asked again.
 
 Such a server answers 503 when two requests write at once, which is over in milliseconds. Prefect's client then sleeps for two seconds, and twice as
-long each time, unless the answer says how long it should: so such answers are made to say it. All in all it is as patient as Prefect's.
+long each time, unless the answer says how long it should: so such answers are made to say it. All in all that is Prefect's minute.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import httpx
 from prefect.client.orchestration import SyncPrefectClient
 
 # Where two runs write all the time, every sixth request meets one, and some meet three in a row.
-_SECONDS = (0.1, 0.4, 1.5, 8.0, 32.0)
+_SECONDS = (0.1, 0.4, 1.5, 15.0, 45.0)
 _COUNT = "oasis_flows_refused"
 
 

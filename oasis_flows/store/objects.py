@@ -112,7 +112,7 @@ class Objects:
                 version.must_be(answer["ETag"], offset + answer["ContentLength"], where)
                 yield from answer["Body"].iter_chunks(CHUNK_BYTES)
                 return
-            with closing(_Stream(self._connection.reads, self._prefix + name, offset)) as stream:
+            with closing(_Stream(self._connection, self._prefix + name, offset, where)) as stream:
                 version.must_be(stream.etag, stream.size, where)
                 while (chunk := stream.next()) is not None:
                     yield chunk
@@ -257,6 +257,8 @@ class _Connection:
 
     def __init__(self, bucket: str, location: Location) -> None:
         self._bucket, self.client = bucket, _client(location, PATIENCE)
+        # False once an object has shown that etags are no MD5 here, as those of encrypted ones.
+        self.etags_tell = True
         # Refuse what is no address now, and not with the first byte.
         _ = self.reads
 
@@ -353,33 +355,36 @@ class _Version:
 
 
 def _is_other(content: bytes, etag: str | None) -> bool:
-    """Is it not what the etag says? An object that was encrypted has an etag that says nothing, and looks the same."""
+    """Is it not what the etag says, if that is an MD5?"""
     promised = (etag or "").strip('"')
     return len(promised) == 32 and hashlib.md5(content, usedforsecurity=False).hexdigest() != promised
 
 
 class _Stream:
-    """One GET. A small object is compared with its etag: a record or a ledger has no digest of ours. While a piece is worked on, the next one is on its way."""
+    """One GET. While a piece is worked on, the next one is on its way.
 
-    def __init__(self, store: S3Store, key: str, offset: int) -> None:
+    A small object is compared with its etag: a record or a ledger has no digest of ours.
+    """
+
+    def __init__(self, connection: _Connection, key: str, offset: int, where: str) -> None:
         self._chunks: AsyncIterator[bytes] | None = None
         self._coming: asyncio.Task[bytes | None] | None = None
         self._whole: bytes | None = None
-        wait(lambda: self._open(store, key, offset))
+        wait(lambda: self._open(connection, key, offset, where))
 
-    async def _open(self, store: S3Store, key: str, offset: int) -> None:
-        result = await obstore.get_async(store, key, options={"range": {"offset": offset}} if offset else None)
+    async def _open(self, connection: _Connection, key: str, offset: int, where: str) -> None:
+        result = await obstore.get_async(connection.reads, key, options={"range": {"offset": offset}} if offset else None)
         self.etag, self.size = result.meta["e_tag"], result.meta["size"]
         if self.size - offset <= CHUNK_BYTES:
             self._whole = bytes(await result.bytes_async())
-            if not offset and _is_other(self._whole, self.etag) and await self._again(store, key) != self._whole:
-                raise StoreUnavailable(f"{key} arrived damaged. Try again; check the network.")
+            if not offset and connection.etags_tell and _is_other(self._whole, self.etag):
+                again = await obstore.get_async(connection.reads, key)
+                if bytes(await again.bytes_async()) != self._whole:
+                    raise StoreUnavailable(f"{where} arrived damaged. Try again; check the network.")
+                connection.etags_tell = again.meta["e_tag"] != self.etag
         else:
             self._chunks = aiter(result.stream(min_chunk_size=CHUNK_BYTES))
             self._fetch_ahead(self._chunks)
-
-    async def _again(self, store: S3Store, key: str) -> bytes:
-        return bytes(await (await obstore.get_async(store, key)).bytes_async())
 
     def next(self) -> bytes | None:
         """The next piece, `None` at the end."""

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -707,6 +708,23 @@ def test_an_etag_that_is_no_md5_does_not_stop_a_raw_dataset(
     monkeypatch.setattr(objects.Objects, "list", list_encrypted)
     monkeypatch.setattr(objects.Objects, "read", lambda self, name, **_: really_read(self, name))
     assert read_tree(store.stage(s3_place, tmp_path)[0]) == {"a": b"1"}
+
+
+def test_where_etags_are_no_md5_it_is_asked_for_one_object_more_and_no_others(
+    s3_place: Location, faulty: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_raw(s3_place, dict.fromkeys("abc", b"1"))
+    asked: list[str] = []
+    really_get = objects.obstore.get_async
+
+    def get(there: Any, key: str, **more: Any) -> Any:
+        asked.append(key.rpartition("/")[2])
+        return really_get(there, key, **more)
+
+    monkeypatch.setattr(objects.obstore, "get_async", get)
+    monkeypatch.setattr(objects, "_is_other", lambda content, etag: True)
+    assert [b"".join(files(faulty).read(name)) for name in "abc"] == [b"1"] * 3
+    assert asked == ["a", "a", "b", "c"]
 
 
 def test_parts_of_uploads_that_were_broken_off_are_removed(

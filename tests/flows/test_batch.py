@@ -326,25 +326,30 @@ def test_a_plan_says_what_would_be_done_and_starts_nothing(prefect_server, here,
     assert engine.jobs == []
 
 
-def test_what_another_batch_has_reserved_is_left_to_it(ran, notes, here):
+def counting(most):
+    """What runs like `upper`, but slowly, and notes in `most` how many do so at once."""
     under_way, lock = [], threading.Lock()
 
     def slow(job, log):
         with lock:
             under_way.append(job)
             most.append(len(under_way))
-        time.sleep(0.2)
+        time.sleep(0.5)
         with lock:
             under_way.remove(job)
         return upper(job, log)
 
+    return slow
+
+
+def test_what_another_batch_has_reserved_is_left_to_it(ran, notes, here):
     most = []
     with open_workspace(here / "workspaces", str(uuid.uuid4())) as other:
         reservations.reserve(other, Vector(3000, 0, 0, 3))
-        ran(FakeEngine(slow, cpus=5), notes(*NAMES), files_per_shard=5)
+        ran(FakeEngine(counting(most), cpus=5), notes(*NAMES), files_per_shard=5)
         assert max(most) == 1
     most.clear()
-    ran(FakeEngine(slow, cpus=5), notes(*NAMES), files_per_shard=5)
+    ran(FakeEngine(counting(most), cpus=5), notes(*NAMES), files_per_shard=5)
     assert max(most) > 1
 
 
@@ -365,20 +370,10 @@ def test_a_batch_reserves_for_what_is_left_of_it_and_no_more(ran, notes, here):
 
 
 def test_never_more_at_once_than_fit_or_than_the_user_wants(ran, notes):
-    under_way, most, lock = [], [], threading.Lock()
-
-    def slow(job, log):
-        with lock:
-            under_way.append(job)
-            most.append(len(under_way))
-        time.sleep(0.5)
-        with lock:
-            under_way.remove(job)
-        return upper(job, log)
-
-    ran(FakeEngine(slow, cpus=5), notes(*NAMES), files_per_shard=2)
+    most = []
+    ran(FakeEngine(counting(most), cpus=5), notes(*NAMES), files_per_shard=2)
     fits, most[:] = max(most), []
-    ran(FakeEngine(slow, cpus=5), notes(*NAMES), files_per_shard=2, max_parallel=2)
+    ran(FakeEngine(counting(most), cpus=5), notes(*NAMES), files_per_shard=2, max_parallel=2)
 
     assert fits == 4
     assert max(most) == 2

@@ -225,7 +225,7 @@ def test_a_server_that_stays_busy_is_waited_for_as_prefect_does():
         backoff._soon(answer)
         said.append(answer.headers.get("Retry-After"))
 
-    assert said == ["0.1", "0.4", "1.5", "8.0", "32.0", None]
+    assert said == ["0.1", "0.4", "1.5", "15.0", "45.0", None]
 
 
 def test_a_run_asks_again_soon(prefect_server: PrefectServer, shipped: Path, monkeypatch: pytest.MonkeyPatch):
