@@ -151,7 +151,7 @@ class ContainerJob:
     image's own. `environment` is added to the image's; `secret_environment` too, and its values are in no record.
     `lease` is a file that the owner keeps locked as long as it lives (see the module `lease`): who can lock it knows that
     the owner is dead. `timeout_seconds` counts from the container's start; at its end the container gets SIGTERM, and
-    SIGKILL after `stop_grace_seconds`.
+    SIGKILL after `stop_grace_seconds`. When the owner has died, it stays for `retry_window_seconds`, so that a retry finds it.
     """
 
     run_id: str
@@ -171,6 +171,7 @@ class ContainerJob:
     sandbox: Sandbox = field(default_factory=Sandbox)
     timeout_seconds: float | None = None
     stop_grace_seconds: float = 10.0
+    retry_window_seconds: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)

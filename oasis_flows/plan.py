@@ -261,6 +261,7 @@ def container_job(plan: Plan, workspace: Workspace, *, image: str, input_folder:
         ),
         timeout_seconds=algorithm.timeout_seconds,
         stop_grace_seconds=settings.stop_grace_seconds,
+        retry_window_seconds=settings.retry_window_seconds,
     )
     return _with_wrapper(job, plan.prerequisites.around_algorithm(), workspace, settings)
 

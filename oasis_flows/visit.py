@@ -175,6 +175,7 @@ def _job(
         sandbox=Sandbox(network=at_station and not station.policy.forbid_network, writable_root=writable),
         timeout_seconds=timeout,
         stop_grace_seconds=settings.stop_grace_seconds,
+        retry_window_seconds=settings.retry_window_seconds,
     )
 
 

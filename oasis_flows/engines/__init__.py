@@ -94,9 +94,10 @@ class Engine(Protocol):
         With `run_id`: the containers of that run and of its parts (whose ids are `<run id>.<part>`), whatever their lease
         says; they get SIGTERM first, all together, and `stop_seconds` to end by themselves. Without: those that this machine started and
         whose lease's owner is dead and was last seen at least `grace_seconds` ago; nobody can become the owner while the
-        container is removed. A lease that is gone counts as lapsed only below the folder `below`, where this machine's
-        leases lie, and for a container made at least `grace_seconds` ago. Every other container is left alone, and so is
-        one whose lease this process may not look at.
+        container is removed. Below the folder `below` lie the leases of those who ask. A container with its lease elsewhere
+        may wait as long as its own job allowed, too; and only below it a lease that is gone counts as lapsed, for a container
+        made at least `grace_seconds` ago. Every other container is left alone, and so is one whose lease this process may not
+        look at.
         """
         ...
 

@@ -216,10 +216,12 @@ class DockerEngine:
 def _ownerless(row: Mapping[str, Any], grace_seconds: float, below: Path | None) -> Iterator[bool]:
     """Is it certain that nobody owns the container? While the block lasts its lease, where there is one, stays locked."""
     path = Path(row["Labels"].get(spec.LEASE) or "")
+    ours = below is not None and path.is_relative_to(below)
     if path == Path() or row["Labels"].get(spec.HOST) != gethostname():
         yield False
     elif lease.missing(path):
-        yield below is not None and path.is_relative_to(below) and time.time() - row["Created"] >= grace_seconds
+        yield ours and time.time() - row["Created"] >= grace_seconds
     else:
-        with lease.taken(path, grace_seconds) as free:
+        own_window = float(row["Labels"].get(spec.RETRY_WINDOW) or 0)
+        with lease.taken(path, grace_seconds if ours else max(grace_seconds, own_window)) as free:
             yield free

@@ -24,6 +24,7 @@ from .docker_errors import HOW_TO_DELEGATE
 RUN_ID = "io.oasis.run-id"
 ATTEMPT = "io.oasis.attempt"
 LEASE = "io.oasis.lease"
+RETRY_WINDOW = "io.oasis.retry-window"
 HOST = "io.oasis.host"
 PACKAGE = "io.oasis.package"
 JOB = "io.oasis.job"
@@ -91,6 +92,7 @@ def create_body(job: ContainerJob, info: Mapping[str, Any], image: Mapping[str, 
             RUN_ID: job.run_id,
             ATTEMPT: str(job.attempt),
             LEASE: str(job.lease),
+            RETRY_WINDOW: str(job.retry_window_seconds),
             HOST: gethostname(),
             PACKAGE: PACKAGE_NAME,
             JOB: job_digest(job),

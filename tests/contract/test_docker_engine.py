@@ -477,19 +477,35 @@ class TestOwners:
         assert ended.in_force["container"] != container
         assert log.text("stdout") == b"new\n"
 
-    def test_reap(self, docker_engine: DockerEngine, make_job: Make, docker_api: Any) -> None:
+    def test_reap(self, docker_engine: DockerEngine, make_job: Make, docker_api: Any, tmp_path: Path) -> None:
         dead, held = make_job("sleep", "60", own=False), make_job("sleep", "60")
         with lease.hold(dead.lease):
             pass
         for job in (dead, held):
             docker_api.start(docker_api.create_container_from_config(docker_spec.create_body(job, {}, {}), name(job)))
-        assert not {dead.run_id, held.run_id} & set(docker_engine.reap(grace_seconds=60))
-        reaped = docker_engine.reap(grace_seconds=0)
+        assert not {dead.run_id, held.run_id} & set(docker_engine.reap(grace_seconds=60, below=tmp_path))
+        reaped = docker_engine.reap(grace_seconds=0, below=tmp_path)
         assert dead.run_id in reaped
         assert held.run_id not in reaped
         assert containers_of(docker_api, held.run_id)
         assert docker_engine.reap(held.run_id) == (held.run_id,)
         assert not containers_of(docker_api, held.run_id)
+
+    def test_reap_leaves_what_another_folder_s_run_left_for_as_long_as_that_run_said(
+        self, docker_engine: DockerEngine, make_job: Make, docker_api: Any, tmp_path: Path
+    ) -> None:
+        waits = make_job("sleep", "60", own=False, retry_window_seconds=60)
+        waited = make_job("sleep", "60", own=False, retry_window_seconds=0)
+        for job in (waits, waited):
+            with lease.hold(job.lease):
+                pass
+            docker_api.start(docker_api.create_container_from_config(docker_spec.create_body(job, {}, {}), name(job)))
+
+        reaped = docker_engine.reap(grace_seconds=0, below=tmp_path / "other")
+
+        assert (waits.run_id in reaped, waited.run_id in reaped) == (False, True)
+        assert containers_of(docker_api, waits.run_id)
+        assert docker_engine.reap(waits.run_id) == (waits.run_id,)
 
     @pytest.mark.parametrize("whose", ["ours", "another folder's", "another host's", "nobody said whose"])
     def test_reap_with_a_lease_that_is_gone(
