@@ -104,6 +104,7 @@ def _kubernetes_engine(settings: Settings) -> Engine:
         gpu_tolerations=tuple(here.gpu.get("tolerations") or ({"key": "nvidia.com/gpu", "operator": "Exists"},)),
         ephemeral_bytes=here.ephemeral_bytes,
         pending_seconds=here.pending_seconds,
+        carrier=here.carrier,
     )
     made = KubernetesEngine(place, access, images=images, tell=_tell, grows=here.grows)
     return _kubernetes_engines.setdefault(repr((here, settings.home)), made)

@@ -20,6 +20,7 @@ and for the engine kubernetes:
 `OASIS_FLOWS_KUBERNETES_CREDENTIALS`   name of a `kubernetes-credentials` document, in place of KUBECONFIG or the pod's cluster
 `OASIS_FLOWS_KUBERNETES_NAMESPACE`     where Jobs are made (that of the credentials)
 `OASIS_FLOWS_KUBERNETES_CLAIM`         the claim whose files are in `OASIS_FLOWS_HOME` ("oasis-flows-workspace")
+`OASIS_FLOWS_KUBERNETES_CARRIER`       image of flow runs, for a process that cannot mount the claim: its Jobs carry files there
 `OASIS_FLOWS_KUBERNETES_REGISTRY`      repository that image files are pushed to
 `OASIS_FLOWS_KUBERNETES_REGISTRY_CREDENTIALS`  name of a `docker-registry-credentials` document that may push there
 `OASIS_FLOWS_KUBERNETES_GPU`           how GPUs are asked for: resource, nodeSelector and tolerations, as YAML or a file's path
@@ -52,6 +53,7 @@ class KubernetesSettings:
     credentials: str | None = None
     namespace: str = ""
     claim: str = "oasis-flows-workspace"
+    carrier: str = ""
     registry: str | None = None
     registry_credentials: str | None = None
     gpu: Mapping[str, Any] = field(default_factory=dict)
@@ -144,6 +146,7 @@ def _kubernetes() -> KubernetesSettings:
         credentials=env("OASIS_FLOWS_KUBERNETES_CREDENTIALS") or None,
         namespace=env("OASIS_FLOWS_KUBERNETES_NAMESPACE") or "",
         claim=env("OASIS_FLOWS_KUBERNETES_CLAIM") or "oasis-flows-workspace",
+        carrier=env("OASIS_FLOWS_KUBERNETES_CARRIER") or "",
         registry=env("OASIS_FLOWS_KUBERNETES_REGISTRY") or None,
         registry_credentials=env("OASIS_FLOWS_KUBERNETES_REGISTRY_CREDENTIALS") or None,
         gpu=_gpu("OASIS_FLOWS_KUBERNETES_GPU"),

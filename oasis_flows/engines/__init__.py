@@ -23,11 +23,13 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import IO, TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from ..capacity import Node
 from ..job import ContainerExit, ContainerJob, ImageSource, LogSink, RegistryLogin
-from ..lineage import Content
+
+if TYPE_CHECKING:
+    from ..lineage import Content
 
 __all__ = ["AtEnd", "Description", "Engine", "ImageEngine"]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import urllib3
 
 # A connection whose other end has gone silently is given up after some 40 s: no watch and no log waits for ever.
-_ALIVE = [
+ALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20),
@@ -28,7 +28,7 @@ _ALIVE = [
 ]
 _TIMEOUT = 30.0
 # 429 and these are an API server that is busy, or a balancer before one that is away.
-_PASSING = (429, 500, 502, 503, 504)
+PASSING = (429, 500, 502, 503, 504)
 
 
 class Refused(Exception):
@@ -58,7 +58,7 @@ class KubeApi:
 
         self.access = access
         self.calls: dict[str, int] = {}
-        more: dict[str, Any] = {"socket_options": _ALIVE, "maxsize": 64, "retries": False}
+        more: dict[str, Any] = {"socket_options": ALIVE, "maxsize": 64, "retries": False}
         if access.tls is not None:
             more["ssl_context"] = access.tls
         proxy = access.proxy
@@ -86,8 +86,8 @@ class KubeApi:
                 data = response.data
                 if response.status < 300:
                     return dict(json.loads(data)) if data else {}
-                refused = _refused(response.status, data)
-                if response.status not in _PASSING or time.monotonic() + pause > until:
+                refused = refusal(response.status, data)
+                if response.status not in PASSING or time.monotonic() + pause > until:
                     raise refused
             except EngineUnavailable:
                 if time.monotonic() + pause > until:
@@ -108,8 +108,12 @@ class KubeApi:
         if response.status >= 300:
             data = response.read(1 << 16)
             response.close()
-            raise _refused(response.status, data)
+            raise refusal(response.status, data)
         return response
+
+    def count(self, kind: str) -> None:
+        """Note a request of a kind, such as `list pods`."""
+        self.calls[kind] = self.calls.get(kind, 0) + 1
 
     def version(self) -> str:
         """The API server's version, such as v1.32.4."""
@@ -127,8 +131,7 @@ class KubeApi:
     ) -> urllib3.BaseHTTPResponse:
         import urllib3
 
-        kind = _verb(method, path, query)
-        self.calls[kind] = self.calls.get(kind, 0) + 1
+        self.count(_verb(method, path, query))
         headers = {"Accept": "application/json", "User-Agent": "oasis-flows", **self.access.headers()}
         data = None
         if body is not None:
@@ -151,7 +154,8 @@ def _encoded(query: Mapping[str, str]) -> str:
     return urlencode(query)
 
 
-def _refused(status: int, data: bytes) -> Refused:
+def refusal(status: int, data: bytes) -> Refused:
+    """What an answer that is no success means."""
     try:
         told = json.loads(data)
         return Refused(status, str(told.get("message") or data.decode(errors="replace")), str(told.get("reason") or ""))

@@ -32,7 +32,7 @@ from .docker_verdict import parse_time
 from .kube_api import KubeApi, Refused
 from .kube_log import LogFollower
 from .kube_watch import PodWatch, Sight
-from .quota import Passed, Watch
+from .quota import Outlook, Passed
 from .shield import shielded
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,11 @@ def _is_of(job: Json, run_id: str, with_parts: bool) -> bool:
     return found == run_id or (with_parts and found.startswith(f"{run_id}."))
 
 
+def is_carrier(job: Json) -> bool:
+    """Does the Job carry files for another one? See `kube_carry`."""
+    return spec.CARRIER in job["metadata"]["labels"]
+
+
 def run_id_of(job: Json) -> str:
     """The id of the run that made the Job."""
     return str((job["metadata"].get("annotations") or {}).get(spec.RUN_ID, ""))
@@ -89,6 +94,8 @@ def find_job(cluster: Cluster, job: ContainerJob) -> Json | None:
     """The Job that an earlier call for this run left behind and that can still tell its end; others are removed."""
     found: Json | None = None
     for row in list_jobs(cluster, job.run_id):
+        if is_carrier(row):
+            continue
         same = (row["metadata"].get("annotations") or {}).get(spec.JOB) == spec.job_digest(job)
         if found is None and same and not row["metadata"].get("deletionTimestamp") and _can_tell(cluster, job, row):
             found = row
@@ -97,10 +104,15 @@ def find_job(cluster: Cluster, job: ContainerJob) -> Json | None:
     return found
 
 
+def pod_of(cluster: Cluster, row: Json) -> Json | None:
+    """The newest pod of a Job."""
+    selector = f"batch.kubernetes.io/controller-uid={row['metadata']['uid']}"
+    pods = cluster.api.call("GET", cluster.core("pods"), query={"labelSelector": selector})
+    return verdict.newest(pods["items"])
+
+
 def _can_tell(cluster: Cluster, job: ContainerJob, row: Json) -> bool:
-    uid = row["metadata"]["uid"]
-    pods = cluster.api.call("GET", cluster.core("pods"), query={"labelSelector": f"batch.kubernetes.io/controller-uid={uid}"})
-    pod = verdict.newest(pods["items"])
+    pod = pod_of(cluster, row)
     if pod is None or pod["metadata"].get("deletionTimestamp"):
         return False
     if not verdict.has_ended(pod):
@@ -122,20 +134,24 @@ def create_job(cluster: Cluster, job: ContainerJob, image: spec.Pulled) -> Json:
     body = spec.job_body(job, cluster.place, image)
     if login := spec.pull_secret(job, cluster.place, image):
         # A pull without it would be refused, and that is no error of which kubelet thinks better.
-        _create(cluster, cluster.core("secrets"), login)
-    row = _create(cluster, cluster.jobs, body)
+        create(cluster, cluster.core("secrets"), login)
+    row = create(cluster, cluster.jobs, body)
     if values := spec.secret_values(job, cluster.place, row):
         # It belongs to the Job, and goes with it. A container waits until it is there.
         try:
-            _create(cluster, cluster.core("secrets"), values)
+            create(cluster, cluster.core("secrets"), values)
         except BaseException:
             remove_job(cluster, row)
             raise
     return row
 
 
-def _create(cluster: Cluster, path: str, body: Json) -> Json:
-    """Make an object of a name that is its own; one that is left over is removed first."""
+def create(cluster: Cluster, path: str, body: Json) -> Json:
+    """Make an object of a name that is its own; one that is left over is removed first.
+
+    Raises:
+        DescriptionError, UnsupportedByEngine, NoRoom: the cluster does not take it.
+    """
     name, kind = body["metadata"]["name"], body["kind"]
     until = time.monotonic() + 60.0
     while True:
@@ -198,8 +214,11 @@ def _delete(
 class Supervision:
     """Watches one Job: says why it waits, feeds the log, renews the lease, keeps the time, and says how it ended."""
 
-    def __init__(self, cluster: Cluster, job: ContainerJob, row: Json, log: LogSink, *, fresh: bool, login: bool) -> None:
+    def __init__(
+        self, cluster: Cluster, job: ContainerJob, row: Json, log: LogSink, outlook: Outlook, *, fresh: bool, login: bool
+    ) -> None:
         self._cluster, self._job, self._row, self._fresh, self._login = cluster, job, row, fresh, login
+        self._outlook = outlook
         self._uid, self._name = row["metadata"]["uid"], row["metadata"]["name"]
         self._delivery = Delivery(log, job.resources.log_bytes)
         self._follower: LogFollower | None = None
@@ -212,16 +231,15 @@ class Supervision:
 
     def run(self) -> ContainerExit:
         """Stay with the Job to its end. Whatever is raised, its pod is being stopped."""
-        quota = Watch(self._job)
         try:
-            with quota:
-                sight = self._until_ended(quota)
-            return self._verdict(sight, quota)
+            with self._outlook:
+                sight = self._until_ended()
+            return self._verdict(sight)
         finally:
             if self._follower is not None and not self._is_over():
                 self._stop()
 
-    def _until_ended(self, quota: Watch) -> Sight:
+    def _until_ended(self) -> Sight:
         version = -1
         while True:
             version = self._cluster.watch.wait(version, 0.25)
@@ -238,10 +256,10 @@ class Supervision:
                 self._explain(sight)
             if self._follower is not None and self._follower.failed.is_set():
                 return sight
-            if self._note_passed(quota.passed):
+            if self._note_passed(self._outlook.passed):
                 self._stop_at_once()
             wrapper = self._job.wrapper
-            if wrapper is not None and wrapper.ended.exists():
+            if wrapper is not None and self._outlook.program_ended:
                 self._linger(wrapper.linger_seconds)
             self._keep_time(sight)
 
@@ -437,7 +455,7 @@ class Supervision:
         finally:
             follower.cut()
 
-    def _verdict(self, sight: Sight, quota: Watch) -> ContainerExit:
+    def _verdict(self, sight: Sight) -> ContainerExit:
         follower = self._follower
         if sight.pod is not None and verdict.is_orphaned(sight.pod) and not self._is_over():
             raise ContainerLost(
@@ -452,7 +470,7 @@ class Supervision:
             if follower.failure is not None:
                 raise follower.failure
         if not self._stopped:
-            self._note_passed(quota.at_end())
+            self._note_passed(self._outlook.at_end())
         pod = sight.pod
         row, events = self._row, list[Json]()
         if self._is_unclear(sight):

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 from .. import lease
@@ -22,7 +23,9 @@ from . import Description, kube_image, kube_run, pod as spec
 from .docker_verdict import parse_time
 from .kube_access import Access, find_access
 from .kube_api import KubeApi, Refused
+from .kube_carry import GRACE_SECONDS, Carriage, find as find_carrier, there
 from .kube_watch import PodWatch
+from .quota import Outlook, Watch
 from .shield import shielded
 
 __all__ = ["KubernetesEngine"]
@@ -116,17 +119,32 @@ class KubernetesEngine:
             EngineUnavailable, ContainerLost, Evicted, Preempted: the verdict is unknown.
         """
         cluster = self._open()
-        image = self._pulled.get(job.image, spec.Pulled())
         with self._translated(f"to run {spec.job_name(job)}"), cluster.watch.following():
-            row: Mapping[str, Any] | None = None
+            if not cluster.place.carrier:
+                return self._run(cluster, job, log, Watch(job))
+            carriage = Carriage(cluster, job)
             try:
-                row = found = None if self._was_absent(job) else kube_run.find_job(cluster, job)
-                if row is None:
-                    self._close_network(cluster, job)
-                    row = kube_run.create_job(cluster, job, image)
-                return kube_run.Supervision(cluster, job, row, log, fresh=found is None, login=image.login is not None).run()
+                carriage.begin()
+                exit = self._run(carriage.cluster, carriage.job, log, carriage)
+                if exit.reason.keeps_output:
+                    carriage.at_end()
+                return exit
             finally:
-                self._remove(cluster, job, row)
+                carriage.leaving = True
+                self._remove(cluster, job, carriage.row, GRACE_SECONDS)
+
+    def _run(self, cluster: kube_run.Cluster, job: ContainerJob, log: LogSink, outlook: Outlook) -> ContainerExit:
+        image = self._pulled.get(job.image, spec.Pulled())
+        row: Mapping[str, Any] | None = None
+        try:
+            row = found = None if self._was_absent(job) else kube_run.find_job(cluster, job)
+            if row is None:
+                self._close_network(cluster, job)
+                row = kube_run.create_job(cluster, job, image)
+            login = image.login is not None
+            return kube_run.Supervision(cluster, job, row, log, outlook, fresh=found is None, login=login).run()
+        finally:
+            self._remove(cluster, job, row, job.stop_grace_seconds)
 
     def _is_on_a_node(self, reference: str) -> bool:
         """Does any node say that it has the image, under this very name?"""
@@ -141,7 +159,11 @@ class KubernetesEngine:
     def find(self, job: ContainerJob) -> bool:
         """Is there a Job to re-attach to; see `Engine.find`."""
         with self._translated(f"to look for {spec.job_name(job)}"):
-            found = kube_run.find_job(self._open(), job) is not None
+            cluster = self._open()
+            if cluster.place.carrier:
+                found = find_carrier(cluster, job) is not None and kube_run.find_job(cluster, there(job)) is not None
+            else:
+                found = kube_run.find_job(cluster, job) is not None
         if not found:
             self._absent[spec.job_name(job)] = time.monotonic()
         return found
@@ -194,7 +216,8 @@ class KubernetesEngine:
         """Remove Jobs that nobody owns; see `Engine.reap`. One of another claim is left alone: its lease cannot be seen here.
 
         The lease of a Job's owner lies on the claim, so any process that has the claim mounted may be the one that reaps. At
-        least 15 s of silence are waited for, whatever `grace_seconds` says.
+        least 15 s of silence are waited for, whatever `grace_seconds` says. Where files are carried it lies on the owner's machine, and
+        nobody else's process reaps them; a carrier deletes its files itself, a moment later.
         """
         with self._translated("to let Jobs be removed"):
             cluster, gone = self._open(), []
@@ -225,14 +248,18 @@ class KubernetesEngine:
         """Is it certain that nobody owns the Job? While the block lasts its lease, where there is one, stays locked."""
         told = row["metadata"].get("annotations") or {}
         path = cluster.place.home / str(told.get(spec.LEASE) or "")
-        grace = max(grace, _LEAST_GRACE_SECONDS)
-        if not told.get(spec.LEASE) or told.get(spec.CLAIM) != cluster.place.claim or ".." in path.parts:
+        ours = below is not None and path.is_relative_to(below)
+        carried = told.get(spec.HOST) == gethostname()
+        if carried and not ours:
+            grace = max(grace, float(told.get(spec.RETRY_WINDOW) or 0))
+        grace = grace if carried else max(grace, _LEAST_GRACE_SECONDS)
+        if not told.get(spec.LEASE) or not (carried or told.get(spec.CLAIM) == cluster.place.claim) or ".." in path.parts:
             yield False
         elif lease.missing(path):
             made = parse_time(row["metadata"]["creationTimestamp"])
             age = (datetime.now(UTC) - made).total_seconds() if made else 0.0
             # Nobody's is also what lies on a claim that is not mounted here.
-            yield below is not None and below.is_dir() and path.is_relative_to(below) and age >= grace
+            yield ours and below is not None and below.is_dir() and age >= grace
         else:
             with lease.taken(path, grace) as free:
                 yield free
@@ -266,13 +293,13 @@ class KubernetesEngine:
         if place.owner is not None and namespace != api.access.namespace:
             # What owns something has to be in its namespace.
             place = replace(place, owner=None)
-        if not place.node:
+        if not place.node and not place.carrier:
             return place
         try:
             claim = api.call("GET", f"/api/v1/namespaces/{namespace}/persistentvolumeclaims/{place.claim}")
         except Refused as error:
             logger.debug("The claim %s cannot be looked at: %s", place.claim, error)
-            return place
+            return replace(place, one_node=True)
         modes = claim["spec"].get("accessModes") or ()
         if "ReadWriteMany" in modes:
             return replace(place, node="")
@@ -281,7 +308,7 @@ class KubernetesEngine:
                 f"The claim {place.claim} lets one pod alone mount it, and the flow and its algorithm are two. Make it ReadWriteOnce or "
                 "ReadWriteMany."
             )
-        return place
+        return replace(place, one_node=True)
 
     def _close_network(self, cluster: kube_run.Cluster, job: ContainerJob) -> None:
         """See to it that the namespace has the policy that closes the network of pods that ask for none.
@@ -331,18 +358,24 @@ class KubernetesEngine:
             ) from error
         modes = claim["spec"].get("accessModes") or []
         phase = claim["status"].get("phase", "unknown")
+        said = f"claim {place.claim} ({', '.join(modes)}, {phase})"
+        if place.carrier:
+            where = "beside their carrier" if place.one_node else "on any node"
+            return f"{said}, not mounted here: files are carried by Jobs of the image {place.carrier}; algorithms run {where}"
         where = f"beside this process on {place.node}" if place.node else "on any node"
-        return f"claim {place.claim} ({', '.join(modes)}, {phase}), mounted here at {place.home}; algorithms run {where}"
+        return f"{said}, mounted here at {place.home}; algorithms run {where}"
 
-    def _remove(self, cluster: kube_run.Cluster, job: ContainerJob, row: Mapping[str, Any] | None) -> None:
+    def _remove(
+        self, cluster: kube_run.Cluster, job: ContainerJob, row: Mapping[str, Any] | None, grace_seconds: float
+    ) -> None:
         """Remove what is left of a run; when the cluster is away, its lease says later that nobody owns it."""
 
         def remove() -> None:
             rows = [row] if row is not None else kube_run.list_jobs(cluster, job.run_id)
             for each in rows:
                 kube_run.remove_job(cluster, each)
-            grace = _SECONDS_TO_GO + job.stop_grace_seconds
-            kube_run.wait_until_gone(cluster, (each["metadata"]["uid"] for each in rows), grace)
+            uids = [each["metadata"]["uid"] for each in rows]
+            kube_run.wait_until_gone(cluster, uids, _SECONDS_TO_GO + grace_seconds)
             for each in rows:
                 cluster.watch.forget(each["metadata"]["uid"])
 

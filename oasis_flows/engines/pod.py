@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DescriptionError, UnsupportedByEngine
-from ..job import ContainerJob, RegistryLogin
+from ..job import ContainerJob, Mount, RegistryLogin
 
 Json = Mapping[str, Any]
 
@@ -27,7 +27,9 @@ PACKAGE, PACKAGE_NAME = "app.kubernetes.io/managed-by", "oasis-flows"
 SELECTOR = f"{PACKAGE}={PACKAGE_NAME}"
 RUN = "oasis-flows.io/run"
 NETWORK, CLOSED = "oasis-flows.io/network", "none"
+CARRIER = "oasis-flows.io/carrier"
 RUN_ID, ATTEMPT, LEASE, CLAIM, JOB = (f"oasis-flows.io/{name}" for name in ("run-id", "attempt", "lease", "claim", "job"))
+HOST, RETRY_WINDOW = "oasis-flows.io/host", "oasis-flows.io/retry-window"
 CONTAINER = "main"
 POLICY = "oasis-flows-no-network"
 
@@ -48,6 +50,10 @@ class Place:
 
     `node` is the only one that can mount the claim, or empty; `owner` is a reference to what Jobs shall not outlive;
     `pending_seconds` is how long a pod may wait for its start.
+
+    `carrier` is the image of the pods that carry files to and from the claim, for a process that has it not mounted. For what these
+    pods serve, `home` is where they have it; `host` the machine that has the leases; and `proof` a file of the claim. `one_node`: the
+    claim is mounted on one node at a time.
     """
 
     namespace: str
@@ -60,6 +66,10 @@ class Place:
     gpu_tolerations: tuple[Json, ...] = ()
     ephemeral_bytes: int = 1 << 30
     pending_seconds: float = 3600.0
+    carrier: str = ""
+    host: str = ""
+    proof: Path | None = None
+    one_node: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +115,8 @@ def sub_path(place: Place, path: Path) -> str:
     if not path.is_relative_to(place.home):
         raise UnsupportedByEngine(
             f"{path} is not on the claim {place.claim}, whose files are below {place.home}, and no pod could see it. "
-            "Nothing was started. Set OASIS_FLOWS_HOME to the folder where the claim is mounted."
+            "Nothing was started. Set OASIS_FLOWS_HOME to the folder where the claim is mounted; or, where it cannot be, "
+            "OASIS_FLOWS_KUBERNETES_CARRIER."
         )
     return path.relative_to(place.home).as_posix()
 
@@ -118,13 +129,7 @@ def job_body(job: ContainerJob, place: Place, image: Pulled) -> dict[str, Any]:
     """
     name = job_name(job)
     labels = {PACKAGE: PACKAGE_NAME, RUN: run_label(job.run_id), **({} if job.sandbox.network else {NETWORK: CLOSED})}
-    annotations = {
-        RUN_ID: job.run_id,
-        ATTEMPT: str(job.attempt),
-        LEASE: sub_path(place, job.lease),
-        CLAIM: place.claim,
-        JOB: job_digest(job),
-    }
+    annotations = {RUN_ID: job.run_id, ATTEMPT: str(job.attempt), JOB: job_digest(job), **_owner(job, place)}
     metadata: dict[str, Any] = {"name": name, "namespace": place.namespace, "labels": labels, "annotations": annotations}
     if place.owner is not None:
         metadata["ownerReferences"] = [dict(place.owner)]
@@ -145,6 +150,13 @@ def job_body(job: ContainerJob, place: Place, image: Pulled) -> dict[str, Any]:
         allowed = job.timeout_seconds + linger + job.stop_grace_seconds + place.pending_seconds + _SPARE_SECONDS
         spec["activeDeadlineSeconds"] = math.ceil(allowed)
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+
+
+def _owner(job: ContainerJob, place: Place) -> dict[str, str]:
+    """Where the lease is: on the claim, or on the machine of the process."""
+    if not place.host:
+        return {LEASE: sub_path(place, job.lease), CLAIM: place.claim}
+    return {LEASE: str(job.lease), HOST: place.host, RETRY_WINDOW: f"{job.retry_window_seconds:g}"}
 
 
 def _pod_spec(job: ContainerJob, place: Place, image: Pulled, name: str) -> dict[str, Any]:
@@ -270,12 +282,13 @@ def _volumes(job: ContainerJob, place: Place, image: Pulled) -> tuple[list[dict[
     volumes: list[dict[str, Any]] = [
         {"name": _WORKSPACE, "persistentVolumeClaim": {"claimName": place.claim}},
     ]
-    mounts: list[dict[str, Any]] = [
-        {"name": _WORKSPACE, "mountPath": PROOF, "subPath": sub_path(place, job.lease), "readOnly": True},
-    ]
-    for mount in job.mounts:
+    proof = place.proof if place.host else job.lease
+    ours = (*([Mount(source=proof, target=PROOF, read_only=True)] if proof else []), *job.mounts)
+    mounts = list[dict[str, Any]]()
+    for mount in ours:
         path = sub_path(place, mount.source)
-        mounts.append({"name": _WORKSPACE, "mountPath": mount.target, "subPath": path, "readOnly": mount.read_only})
+        below = {"subPath": path} if path != "." else {}
+        mounts.append({"name": _WORKSPACE, "mountPath": mount.target, **below, "readOnly": mount.read_only})
     for number, storage in enumerate(job.storages):
         if storage.source.startswith("/"):
             source: dict[str, Any] = {"hostPath": {"path": storage.source, "type": "Directory"}}

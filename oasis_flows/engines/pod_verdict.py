@@ -300,7 +300,7 @@ def _start_failure(words: str) -> Reason:
         raise EngineError(
             "The folder of the workspaces is not on the claim that pods mount, so the algorithm would have had no input. It was "
             "not started. Set OASIS_FLOWS_HOME to where this process has the claim mounted, and OASIS_FLOWS_KUBERNETES_CLAIM "
-            f"to its name. The cluster said: {words}"
+            f"to its name; or, where it cannot be mounted, OASIS_FLOWS_KUBERNETES_CARRIER. The cluster said: {words}"
         )
     if re.search(r"exec format error", words, re.IGNORECASE):
         return Reason.EXEC_FORMAT

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 from ..job import ContainerJob, Reason, Resources
 
@@ -55,6 +55,22 @@ class Usage:
         return Usage(self.bytes + max(0, size), self.files + max(0, count))
 
 
+class Outlook(Protocol):
+    """What is asked about the folders that a container writes to, for the time of its block; `Watch` where they are here."""
+
+    @property
+    def passed(self) -> Passed | None: ...
+
+    @property
+    def program_ended(self) -> bool: ...
+
+    def at_end(self) -> Passed | None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class Watch:
     """Looks at the writable folders of one container until the block ends: in a thread, so that a disk that hangs holds up
     nobody. `passed` is the limit that was passed, once one was. To be made before the container starts.
@@ -65,6 +81,7 @@ class Watch:
     def __init__(self, job: ContainerJob) -> None:
         self.passed: Passed | None = None
         self._folders = [mount.source for mount in job.mounts if not mount.read_only and mount.source.exists()]
+        self._ended = job.wrapper.ended if job.wrapper else None
         self._limits = job.resources
         self._first = self._disks()
         self._leave = threading.Event()
@@ -77,6 +94,11 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self._leave.set()
+
+    @property
+    def program_ended(self) -> bool:
+        """Has the job's wrapper said that the container's own program has ended?"""
+        return self._ended is not None and self._ended.exists()
 
     def at_end(self) -> Passed | None:
         """The limit that was passed, now that nobody writes any more."""
