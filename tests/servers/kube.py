@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from oasis_flows.engines.kube_api import _verb
+from oasis_flows.engines.pod import CARRIER
+from tests.servers.kube_exec import exec_server, program, splice
 
 OUTCOMES: dict[str, Any] = json.loads((Path(__file__).parents[1] / "fixtures/kubernetes/outcomes.json").read_text())
 NODE = json.loads((Path(__file__).parents[1] / "fixtures/kubernetes/capacity.json").read_text())["items"][0]
@@ -33,11 +36,13 @@ class Script:
     """What becomes of each Job: states of its pod, one after the other, each after so many seconds; and its log.
 
     `log` are lines, written when the container runs. Without states no pod is ever made. `events` are about Job and pod.
+    `work` is done before the first state, with where the claim's mounts are. A carrier has no script: it runs.
     """
 
     states: Sequence[tuple[float, dict[str, Any]]] = ()
     log: Sequence[bytes] = (b"begun\n",)
     events: Sequence[dict[str, Any]] = ()
+    work: Callable[[dict[str, Path]], object] = lambda mounts: None
 
 
 def status(name: str) -> dict[str, Any]:
@@ -88,6 +93,11 @@ class Double:
     seconds_to_die: float = 0.05
     # After so many bytes a log's connection is cut, once for each number.
     cut_log_after: list[int] = field(default_factory=list)
+    # The same of connections to a program; and where the claim is, and what runs of carriers.
+    cut_exec_after: list[int] = field(default_factory=list)
+    claim: Path | None = None
+    exec_port: int = 0
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def emit(self, kind: str, pod: dict[str, Any]) -> None:
         """Tell a change of a pod to all watches."""
@@ -111,6 +121,29 @@ class Double:
         threading.Thread(target=self._play, args=(job, copy.copy(self.script)), daemon=True).start()
         return job
 
+    def _carry(self, pod: dict[str, Any], name: str) -> None:
+        """Run a carrier, to its end."""
+        assert self.claim is not None
+        container = pod["spec"]["containers"][0]
+        process = program([*container["command"], *container["args"]], self.claim, stderr=subprocess.STDOUT)
+        self.processes[name] = process
+        pod["status"] = running()
+        self.emit("MODIFIED", pod)
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                with self.changed:
+                    self.logs[name].append((time.time(), line))
+                    self.changed.notify_all()
+        process.wait()
+        if name in self.pods and "deletionTimestamp" not in pod["metadata"]:
+            pod["status"] = ended("02-exit-3")
+            self.emit("MODIFIED", pod)
+
+    def _mounts(self, pod: dict[str, Any]) -> dict[str, Path]:
+        mounts = pod["spec"]["containers"][0]["volumeMounts"]
+        return {each["mountPath"]: self.claim / each.get("subPath", "") for each in mounts} if self.claim else {}
+
     def _play(self, job: dict[str, Any], script: Script) -> None:
         if not script.states:
             return
@@ -126,6 +159,10 @@ class Double:
         }
         self.pods[name], self.logs[name] = pod, []
         self.emit("ADDED", pod)
+        if CARRIER in labels:
+            self._carry(pod, name)
+            return
+        script.work(self._mounts(pod))
         for after, state in script.states:
             time.sleep(after)
             if name not in self.pods:
@@ -146,6 +183,9 @@ class Double:
         self.emit("MODIFIED", pod)
 
         def die() -> None:
+            if process := self.processes.get(name):
+                process.terminate()
+                process.wait()
             time.sleep(self.seconds_to_die)
             for each in pod["status"].get("containerStatuses") or ():
                 if "running" in each["state"]:
@@ -212,6 +252,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         double.calls.append(_verb(self.command, parts.path, query))
+        if parts.path.endswith("/exec"):
+            head = f"{self.requestline}\r\n{self.headers}".replace("\r\n", "\n").replace("\n", "\r\n").encode()
+            self.close_connection = True
+            splice(self.connection, head, double.exec_port)
+            return
         names = parts.path.strip("/").split("/")
         kind = names[names.index("namespaces") + 2] if "namespaces" in names else names[-1]
         last = names[names.index(kind) + 1 :]
@@ -379,15 +424,26 @@ def _matches(thing: dict[str, Any], query: dict[str, str]) -> bool:
 
 
 @contextmanager
-def double_of_a_cluster() -> Iterator[tuple[Double, str]]:
-    """A double, and its address, for the time of the block."""
-    double = Double()
+def double_of_a_cluster(claim: Path | None = None) -> Iterator[tuple[Double, str]]:
+    """A double, and its address, for the time of the block; with a folder for a claim, carriers run there."""
+    with ExitStack() as stack:
+        double = Double(claim=claim)
+        if claim is not None:
+            double.exec_port = stack.enter_context(exec_server(claim, double.cut_exec_after))
+        yield double, stack.enter_context(_served(double))
+        for process in double.processes.values():
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _served(double: Double) -> Iterator[str]:
     handler = type("Handler", (_Handler,), {"double": double})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     try:
-        yield double, f"http://127.0.0.1:{server.server_port}"
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         double.cut()
         server.shutdown()

@@ -16,6 +16,7 @@ from hypothesis import given, strategies as st
 
 from oasis_flows.engines.parcel import Damaged, pack, unpack
 from oasis_flows.job import Resources
+from oasis_flows.workspace import delete
 
 
 def packed(**sources: Path) -> bytes:
@@ -41,7 +42,7 @@ def tree(folder: Path) -> dict[str, object]:
             row = path.lstat()
             content: object = None
             if stat.S_ISLNK(row.st_mode):
-                content = os.readlink(path)
+                content = str(path.readlink())
             elif stat.S_ISREG(row.st_mode):
                 content = (path.read_bytes(), row.st_mtime_ns)
             found[str(path.relative_to(folder))] = (row.st_mode if not stat.S_ISLNK(row.st_mode) else "link", content)
@@ -74,7 +75,7 @@ def test_all_that_a_folder_can_hold_arrives_as_it_was(tmp_path: Path) -> None:
 
     assert unpack(out.read, target) == sent
     assert tree(target / "0") == tree(source)
-    assert os.path.samefile(target / "0" / "same", target / "0" / "deep" / "a")
+    assert (target / "0" / "same").samefile(target / "0" / "deep" / "a")
     assert sent.files == 10
     assert sent.bytes == 700_001 + 2 + 3
 
@@ -117,19 +118,24 @@ def test_folders_deeper_than_any_path(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     target.mkdir()
-    at = os.open(source, os.O_RDONLY)
-    for _ in range(1200):
-        os.mkdir("n" * 20, dir_fd=at)
-        below = os.open("n" * 20, os.O_RDONLY, dir_fd=at)
+    try:
+        at = os.open(source, os.O_RDONLY)
+        for _ in range(1200):
+            os.mkdir("n" * 20, dir_fd=at)
+            below = os.open("n" * 20, os.O_RDONLY, dir_fd=at)
+            os.close(at)
+            at = below
+        os.close(os.open("bottom", os.O_CREAT | os.O_WRONLY, dir_fd=at))
         os.close(at)
-        at = below
-    os.close(os.open("bottom", os.O_CREAT | os.O_WRONLY, dir_fd=at))
-    os.close(at)
-    out = io.BytesIO()
-    sent = pack(out.write, {"0": source})
-    out.seek(0)
+        out = io.BytesIO()
+        sent = pack(out.write, {"0": source})
+        out.seek(0)
 
-    assert unpack(out.read, target) == sent
+        assert unpack(out.read, target) == sent
+    finally:
+        # Nor does pytest get so deep.
+        delete(source)
+        delete(target)
 
 
 def test_what_its_owner_closed_is_opened_where_that_is_wanted(tmp_path: Path) -> None:

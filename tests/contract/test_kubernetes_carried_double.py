@@ -1,0 +1,312 @@
+"""Files carried to a claim that this process cannot mount, over the double of a cluster: its carriers are real processes.
+
+What that does not prove is said in `tests/servers/kube_exec.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from oasis_flows import lease
+from oasis_flows.engines import kube_carry, pod as spec
+from oasis_flows.engines.kube_access import Access, from_content
+from oasis_flows.engines.kubernetes import KubernetesEngine
+from oasis_flows.errors import ContainerLost, EngineError, StoreFull
+from oasis_flows.job import ContainerJob, Mount, Reason, Resources, Wrapper
+from tests.contract.test_engine import Log
+from tests.contract.test_kubernetes_double import rights
+from tests.servers.engine import eventually
+from tests.servers.kube import Double, Script, double_of_a_cluster, ended, running
+
+RUNS = ((0.0, running()), (0.3, ended()))
+
+
+def access_of(address: str) -> Access:
+    config = {
+        "current-context": "x",
+        "clusters": [{"name": "c", "cluster": {"server": address}}],
+        "users": [{"name": "u", "user": {"token": "t"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": "flows"}}],
+    }
+    return from_content(config)
+
+
+@pytest.fixture
+def claim(tmp_path: Path) -> Path:
+    (tmp_path / "claim").mkdir()
+    return tmp_path / "claim"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def cluster(claim: Path) -> Iterator[tuple[Double, str]]:
+    with double_of_a_cluster(claim) as found:
+        found[0].others["persistentvolumeclaims/work"] = {
+            "spec": {"accessModes": ["ReadWriteMany"]},
+            "status": {"phase": "Bound"},
+        }
+        yield found
+
+
+@pytest.fixture
+def double(cluster: tuple[Double, str]) -> Double:
+    return cluster[0]
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def engine(cluster: tuple[Double, str], home: Path, told: list[str]) -> KubernetesEngine:
+    place = spec.Place(namespace="", claim="work", home=home, carrier="example.org/flow-runner:1")
+    return KubernetesEngine(place, lambda: access_of(cluster[1]), tell=told.append, patience_seconds=20)
+
+
+@pytest.fixture
+def job(home: Path, tmp_path: Path) -> Iterator[ContainerJob]:
+    """A job whose input is anywhere, and whose output is in its workspace."""
+    run_id = str(uuid.uuid4())
+    folder = home / "workspaces" / run_id
+    (tmp_path / "letters" / "sub").mkdir(parents=True)
+    (tmp_path / "letters" / "a.txt").write_text("a")
+    (tmp_path / "letters" / "sub" / "big").write_bytes(os.urandom(3_000_000))
+    with lease.hold(folder / "lease"):
+        (folder / "output").mkdir()
+        yield ContainerJob(
+            run_id=run_id,
+            image="i@sha256:1",
+            lease=folder / "lease",
+            command=("x",),
+            mounts=(
+                Mount(source=tmp_path / "letters", target="/work/input", read_only=True),
+                Mount(source=folder / "output", target="/work/output", read_only=False),
+            ),
+            stop_grace_seconds=0,
+        )
+
+
+def output(job: ContainerJob) -> Path:
+    return job.mounts[1].source
+
+
+def copy_all(mounts: dict[str, Path]) -> None:
+    for path in mounts["/work/input"].rglob("*"):
+        if path.is_file():
+            (mounts["/work/output"] / path.name).write_bytes(path.read_bytes())
+
+
+def nothing_left(double: Double, claim: Path) -> bool:
+    return not double.jobs and not double.pods and [path.name for path in claim.rglob("*")] == ["carried"]
+
+
+def test_a_run_has_its_input_there_and_its_output_here(engine, double, job, claim, told):
+    double.script = Script(states=RUNS, work=copy_all)
+    assert not engine.find(job)
+    found = engine.run(job, Log())
+
+    assert (found.reason, found.exit_code) == (Reason.OK, 0)
+    assert (output(job) / "a.txt").read_text() == "a"
+    assert (output(job) / "big").read_bytes() == (job.mounts[0].source / "sub" / "big").read_bytes()
+    assert nothing_left(double, claim)
+    assert [line for line in told if line.startswith("Carried 2 files")] == told[-2:]
+    assert double.calls.count("get pods/exec") == 2
+    assert sorted(path.name for path in job.lease.parent.iterdir()) == ["lease", "output"]
+
+
+@pytest.mark.parametrize("cuts", [[10], [1_500_000, 50], [10**9, 1_000_000], [3_000_000, 10**9, 2_000_000]])
+def test_connections_that_break_are_made_anew(engine, double, job, claim, cuts):
+    double.script = Script(states=RUNS, work=copy_all)
+    double.cut_exec_after.extend(cuts)
+
+    assert engine.run(job, Log()).reason is Reason.OK
+    assert (output(job) / "big").read_bytes() == (job.mounts[0].source / "sub" / "big").read_bytes()
+    assert double.calls.count("get pods/exec") > 2
+    assert nothing_left(double, claim)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (Resources(output_bytes=2_000_000), Reason.OUTPUT_TOO_LARGE),
+        (Resources(output_files=1), Reason.TOO_MANY_FILES),
+    ],
+)
+@pytest.mark.parametrize("lasts", [0.3, 600.0], ids=["that has ended", "that goes on"])
+def test_an_output_that_is_too_much_stays_there(engine, double, job, claim, limits, reason, lasts):
+    double.script = Script(states=((0.0, running()), (lasts, ended())), work=copy_all)
+    found = engine.run(replace(job, resources=limits), Log())
+
+    assert found.reason is reason
+    assert list(output(job).iterdir()) == []
+    assert nothing_left(double, claim)
+
+
+def test_a_failed_run_has_its_output_too(engine, double, job, claim):
+    double.script = Script(states=((0.0, running()), (0.2, ended("02-exit-3"))), work=copy_all)
+
+    assert engine.run(job, Log()).exit_code == 3
+    assert (output(job) / "a.txt").exists()
+
+
+def test_a_wrapper_that_says_that_its_program_has_ended_is_heard(engine, double, job, claim):
+    def work(mounts: dict[str, Path]) -> None:
+        (mounts["/run/notes"] / "algorithm").write_text("0")
+
+    notes = job.lease.parent / "notes"
+    notes.mkdir()
+    double.script = Script(states=((0.0, running()),), work=work)
+    wrapped = replace(
+        job,
+        entrypoint=("x",),
+        mounts=(*job.mounts, Mount(source=notes, target="/run/notes", read_only=False)),
+        wrapper=Wrapper(argv=("/bin/sh",), ended=notes / "algorithm", linger_seconds=0.5),
+    )
+    # The container lingers for ever, and is stopped then; so nobody knows how it ended.
+    with pytest.raises(ContainerLost):
+        engine.run(wrapped, Log())
+    assert nothing_left(double, claim)
+
+
+def test_a_carrier_that_dies_takes_the_run_along(engine, double, job, claim):
+    def kill(_: dict[str, Path]) -> None:
+        for process in double.processes.values():
+            process.kill()
+
+    double.script = Script(states=((0.0, running()),), work=kill)
+    with pytest.raises(EngineError, match="carrier"):
+        engine.run(job, Log())
+    assert not double.jobs
+    # What it left is for the next carrier.
+    assert (claim / "carried" / job.run_id / "in" / "0" / "a.txt").exists()
+    double.script = Script(states=RUNS, work=copy_all)
+    assert engine.run(job, Log()).reason is Reason.OK
+    assert nothing_left(double, claim)
+
+
+def test_an_image_that_is_none_of_flow_runs_is_named(engine, double, job, monkeypatch):
+    monkeypatch.setattr(kube_carry, "order_of", lambda job: replace(real(job), protocol=0))
+    double.script = Script(states=RUNS)
+    with pytest.raises(EngineError, match=r"example.org/flow-runner:1 .* of this version.*protocol"):
+        engine.run(job, Log())
+    assert not double.jobs
+
+
+real = kube_carry.order_of
+
+
+def test_no_room_here_is_said(engine, double, job, claim, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    double.script = Script(states=RUNS, work=copy_all)
+    monkeypatch.setattr(kube_carry, "unpack", full)
+    with pytest.raises(StoreFull):
+        engine.run(job, Log())
+    assert nothing_left(double, claim)
+
+
+OWNER = """
+import sys
+from pathlib import Path
+from oasis_flows import lease
+from oasis_flows.engines import pod as spec
+from oasis_flows.engines.kubernetes import KubernetesEngine
+from oasis_flows.job import ContainerJob, Mount
+from tests.contract.test_kubernetes_carried_double import access_of
+address, home, run_id, source = sys.argv[1:]
+folder = Path(home) / "workspaces" / run_id
+engine = KubernetesEngine(
+    spec.Place(namespace="", claim="work", home=Path(home), carrier="example.org/flow-runner:1"), lambda: access_of(address)
+)
+job = ContainerJob(run_id=run_id, image="i@sha256:1", lease=folder / "lease", command=("x",), stop_grace_seconds=0, mounts=(
+    Mount(source=Path(source), target="/work/input", read_only=True),
+    Mount(source=folder / "output", target="/work/output", read_only=False),
+))
+with lease.hold(folder / "lease"):
+    (folder / "output").mkdir()
+    engine.run(job, lambda stream, data: print("begun", flush=True))
+"""
+
+
+@pytest.fixture
+def killed(cluster: tuple[Double, str], home: Path, tmp_path: Path, job: ContainerJob) -> ContainerJob:
+    """A run whose process was killed while its container ran."""
+    double, address = cluster
+    double.script = Script(states=((0.0, running()), (8.0, ended())), work=copy_all)
+    run_id = str(uuid.uuid4())
+    given = [address, str(home), run_id, str(job.mounts[0].source)]
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(OWNER), *given], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.kill()
+    folder = home / "workspaces" / run_id
+    mounts = (job.mounts[0], replace(job.mounts[1], source=folder / "output"))
+    return replace(job, run_id=run_id, lease=folder / "lease", mounts=mounts)
+
+
+def test_a_retry_takes_up_what_a_killed_process_left(engine, double, killed, claim):
+    double.calls.clear()
+    with lease.hold(killed.lease, 2):
+        again = replace(killed, attempt=2)
+        assert engine.find(again)
+        assert engine.run(again, Log()).reason is Reason.OK
+    assert double.calls.count("create jobs") == 0
+    # Whether the input is there, and the output.
+    assert double.calls.count("get pods/exec") == 2
+    assert (output(killed) / "a.txt").read_text() == "a"
+    assert nothing_left(double, claim)
+
+
+def test_what_nobody_takes_up_is_reaped_by_its_own_machine_alone(engine, cluster, double, killed, claim, home, monkeypatch):
+    inside = KubernetesEngine(spec.Place(namespace="", claim="work", home=claim), lambda: access_of(cluster[1]))
+    os.utime(killed.lease, (1, 1))
+
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("oasis_flows.engines.kubernetes.gethostname", lambda: "a-pod")
+        assert inside.reap(grace_seconds=0, below=claim / "workspaces") == ()
+    assert len(double.jobs) == 2
+    assert engine.reap(grace_seconds=0, below=home / "workspaces") == (killed.run_id,)
+    eventually(lambda: nothing_left(double, claim), 30)
+
+
+def test_whose_owner_lives_is_not_reaped(engine, double, killed, claim, home):
+    with lease.hold(killed.lease):
+        assert engine.reap(grace_seconds=0, below=home / "workspaces") == ()
+    engine.reap(killed.run_id)
+    eventually(lambda: nothing_left(double, claim), 30)
+
+
+def test_deleting_the_carrier_alone_deletes_all(engine, double, killed, claim):
+    """As somebody might, or the cluster at its deadline: the algorithm's Job belongs to it."""
+    carrier, main = sorted(double.jobs.values(), key=lambda row: spec.CARRIER not in row["metadata"]["labels"])
+
+    assert main["metadata"]["ownerReferences"][0]["uid"] == carrier["metadata"]["uid"]
+    double.delete_job(carrier["metadata"]["name"], "Background")
+    eventually(lambda: not list((claim / "carried").iterdir()), 30)
+
+
+def test_who_carries_needs_one_right_more(engine, double, job):
+    double.script = Script(states=RUNS, work=copy_all)
+    engine.describe()
+    engine.run(job, Log())
+
+    assert {call for call in double.calls if call != "get /version"} - rights() == {"get pods/exec"}
+
+
+def test_the_carrier_is_said(engine):
+    assert "not mounted here: files are carried by Jobs of the image example.org/flow-runner:1" in engine.describe().name
