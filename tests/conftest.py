@@ -21,4 +21,12 @@ settings.load_profile("patient")
 # The reference library of the Train API comes from its source only; the tests with it are there where it is.
 collect_ignore = [] if find_spec("pht") and find_spec("pht.entrypoint") else ["flows/test_reference_library.py"]
 # Without a cluster there are no tests of it, rather than tests that are passed over.
-collect_ignore += [] if os.environ.get("KUBECONFIG") else ["contract/test_kubernetes_cluster.py", "e2e/test_kubernetes.py"]
+collect_ignore += (
+    []
+    if os.environ.get("KUBECONFIG")
+    else [
+        "contract/test_kubernetes_carried.py",
+        "contract/test_kubernetes_cluster.py",
+        "e2e/test_kubernetes.py",
+    ]
+)

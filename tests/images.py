@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import subprocess
+import sys
 import tarfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,26 @@ def layer(files: Mapping[str, tuple[int, bytes]], links: Mapping[str, str] | Non
             member.type, member.linkname = tarfile.SYMTYPE, target
             tar.addfile(member)
     return packed.getvalue()
+
+
+@cache
+def module_image(module: str) -> TinyImage:
+    """An image with this Python, and with all that a module of this package imports; nothing else of either is in it."""
+    root = Path(__file__).parents[1]
+    say = f"import runpy, site, sys, {module}; [print(each.__file__) for each in [*sys.modules.values()] if getattr(each, '__file__', None)]"
+    say += "; print(*{line.split()[-1] for line in open('/proc/self/maps') if '.so' in line or 'bin/' in line}, sep='\\n')"
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root)}
+    told = subprocess.run([sys.executable, "-S", "-c", say], env=env, check=True, capture_output=True, text=True).stdout
+    found = {Path(line).resolve() for line in told.splitlines()} | {Path(sys.executable).resolve()}
+    files = {str(path).lstrip("/"): (0o755 if path.stat().st_mode & 0o100 else 0o644, path.read_bytes()) for path in found}
+    (loader,) = (name for name in files if "/ld-linux" in name)
+    links = {"bin/python": str(Path(sys.executable).resolve()), f"lib64/{Path(loader).name}": f"/{loader}"}
+    # Libraries are asked for by other names than those of their files.
+    names = (name for path in found if ".so." in path.name for name in path.parent.glob(f"{path.name.partition('.so')[0]}.so*"))
+    links |= {str(name).lstrip("/"): name.resolve().name for name in names if name.is_symlink()}
+    libraries = {str(path.parent) for path in found if ".so" in path.name and "lib-dynload" not in str(path)}
+    variables = ["PATH=/bin", f"PYTHONPATH={root}", f"LD_LIBRARY_PATH={':'.join(sorted(libraries))}"]
+    return TinyImage(layers=(busybox_layer(), layer(files, links)), config={"Env": variables})
 
 
 @dataclass(frozen=True)

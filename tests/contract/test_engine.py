@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,10 +85,13 @@ SLEEP = Program("echo begun; sleep 20", sleep)
 NOTHING = Program("true", say())
 
 
-@pytest.fixture(params=["docker", "fake", *clusters.HERE])
-def start(request: pytest.FixtureRequest, make_job: Callable[..., ContainerJob]) -> Iterator[Callable[..., ContainerExit]]:
+@pytest.fixture(params=["docker", "fake", *clusters.HERE, *clusters.CARRIED])
+def start(
+    request: pytest.FixtureRequest, make_job: Callable[..., ContainerJob], tmp_path: Path
+) -> Iterator[Callable[..., ContainerExit]]:
     """Run a program on the engine under test."""
-    cluster = request.getfixturevalue("cluster") if request.param == "kubernetes" else None
+    on_cluster = request.param in ("kubernetes", "carried")
+    cluster = request.getfixturevalue("cluster") if on_cluster else None
 
     def run(program: Program, log: LogSink, **changes: Any) -> ContainerExit:
         engine: Engine = FakeEngine(program.python)
@@ -95,6 +99,8 @@ def start(request: pytest.FixtureRequest, make_job: Callable[..., ContainerJob])
             engine = request.getfixturevalue("docker_engine")
         if cluster is not None:
             engine, changes["image"] = cluster.engine, cluster.image
+        if request.param == "carried":
+            engine = clusters.carrying(cluster, tmp_path)
         return engine.run(make_job("sh", "-c", program.shell, **changes), log)
 
     yield run
@@ -104,13 +110,17 @@ def start(request: pytest.FixtureRequest, make_job: Callable[..., ContainerJob])
 @pytest.fixture
 def patience(request: pytest.FixtureRequest) -> float:
     """How much longer than a machine's own engine a cluster may take to start and end a container, in seconds."""
-    return 30.0 if "kubernetes" in request.node.name else 0.0
+    return 30.0 if on_a_cluster(request) else 0.0
 
 
 @pytest.fixture
 def apart(request: pytest.FixtureRequest) -> bool:
     """Can the engine tell stdout and stderr apart? A cluster cannot: all is stdout."""
-    return "kubernetes" not in request.node.name
+    return not on_a_cluster(request)
+
+
+def on_a_cluster(request: pytest.FixtureRequest) -> bool:
+    return any(name in request.node.name for name in (*clusters.HERE, *clusters.CARRIED))
 
 
 class TestPromises:

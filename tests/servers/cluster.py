@@ -10,7 +10,8 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ from oasis_flows.engines.kube_access import find_access
 from oasis_flows.engines.kube_api import KubeApi, Refused
 from oasis_flows.engines.kubernetes import KubernetesEngine
 from oasis_flows.job import ImageSource
-from tests.images import TinyImage, busybox_layer, docker_archive, layer
+from tests.images import TinyImage, busybox_layer, docker_archive, layer, module_image
 from tests.servers.engine import containers_of
 from tests.servers.registry import Registry
 
 # A suite that is run on no cluster has no tests of it, rather than tests that are passed over.
 HERE = ("kubernetes",) if os.environ.get("KUBECONFIG") else ()
+# The same, with files carried to a claim that is not mounted.
+CARRIED = ("carried",) if HERE else ()
 CLAIM = "oasis-test"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TestCluster:
     """The engine, the API, and what tests run in it."""
 
@@ -51,8 +54,8 @@ class TestCluster:
         return found
 
     def left(self) -> list[str]:
-        """Names of the Jobs, pods and Secrets that are there."""
-        found = []
+        """Names of the Jobs, pods and Secrets that are there, and of folders of runs whose files were carried."""
+        found = [f"carried/{path.name}" for path in self.home.glob("carried/*")]
         for path in (f"/apis/batch/v1/namespaces/{self.namespace}/jobs", *(self.core(kind) for kind in ("pods", "secrets"))):
             items = self.api.call("GET", path, query={"labelSelector": spec.SELECTOR})["items"]
             found += [f"{path.rpartition('/')[2]}/{item['metadata']['name']}" for item in items]
@@ -61,6 +64,21 @@ class TestCluster:
     def core(self, kind: str) -> str:
         """The path of the namespace's objects of a kind."""
         return f"/api/v1/namespaces/{self.namespace}/{kind}"
+
+
+@cache
+def carrier_of(cluster: TestCluster) -> str:
+    """An image that carries files, where the cluster gets it."""
+    archive = docker_archive(cluster.home / "carrier.tar", module_image("oasis_flows.engines.carrier"))
+    return cluster.engine.prepare(ImageSource(image_file=str(archive)))
+
+
+def carrying(cluster: TestCluster, home: Path, **changes: Any) -> KubernetesEngine:
+    """An engine of the cluster whose home is not on the claim."""
+    place = spec.Place(
+        namespace=cluster.namespace, claim=cluster.claim, home=home, pending_seconds=120, carrier=carrier_of(cluster)
+    )
+    return KubernetesEngine(replace(place, **changes), patience_seconds=60)
 
 
 @pytest.fixture(scope="session")
@@ -140,9 +158,9 @@ class Ground:
     seen: Callable[[str], str]
 
 
-@pytest.fixture(params=["docker", *HERE])
+@pytest.fixture(params=["docker", *HERE, *CARRIED])
 def ground(request: pytest.FixtureRequest, here: Path, busybox: str, monkeypatch: pytest.MonkeyPatch) -> Ground:
-    """The machine's engine; and the cluster, where there is one."""
+    """The machine's engine; and the cluster, where there is one, with a home on its claim, and with one that is not."""
     if request.param == "docker":
         api = request.getfixturevalue("docker_api")
         return Ground("docker", here, busybox, lambda run_id: _text(containers_of(api, run_id)))
@@ -153,7 +171,11 @@ def ground(request: pytest.FixtureRequest, here: Path, busybox: str, monkeypatch
     def seen(run_id: str) -> str:
         return _text([*cluster.objects("jobs", run_id), *cluster.objects("pods", run_id)])
 
-    return Ground("kubernetes", cluster.home, cluster.image, seen)
+    if request.param == "kubernetes":
+        return Ground("kubernetes", cluster.home, cluster.image, seen)
+    monkeypatch.setenv("OASIS_FLOWS_HOME", str(here))
+    monkeypatch.setenv("OASIS_FLOWS_KUBERNETES_CARRIER", carrier_of(cluster))
+    return Ground("kubernetes", here, cluster.image, seen)
 
 
 def _text(rows: list[dict[str, Any]]) -> str:
