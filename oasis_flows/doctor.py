@@ -70,7 +70,15 @@ def _engine(settings: Settings) -> Iterator[Finding]:
             if settings.engine == "kubernetes"
             else "install the NVIDIA driver and nvidia-container-toolkit to run gpu algorithms",
         )
-    if settings.engine == "kubernetes" and settings.kubernetes.registry is None:
+    here = settings.kubernetes
+    if settings.engine == "kubernetes" and not (here.carrier or here.node or here.pod):
+        yield Finding(
+            "claim",
+            "note",
+            f"this runs outside of the cluster, and nothing tells whether {settings.home} is on the claim {here.claim}",
+            "mount the claim there; where it cannot be, set OASIS_FLOWS_KUBERNETES_CARRIER to your image of flow runs",
+        )
+    if settings.engine == "kubernetes" and here.registry is None:
         yield Finding(
             "registry",
             "note",

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _LEAST_GRACE_SECONDS = 15.0
 _SECONDS_TO_GO = 10.0
 _SECONDS_ABSENT = 30.0
+_REVIEWS = "authorization.k8s.io/v1"
 
 
 class KubernetesEngine:
@@ -360,10 +361,32 @@ class KubernetesEngine:
         phase = claim["status"].get("phase", "unknown")
         said = f"claim {place.claim} ({', '.join(modes)}, {phase})"
         if place.carrier:
+            self._check_exec(cluster)
             where = "beside their carrier" if place.one_node else "on any node"
             return f"{said}, not mounted here: files are carried by Jobs of the image {place.carrier}; algorithms run {where}"
         where = f"beside this process on {place.node}" if place.node else "on any node"
-        return f"{said}, mounted here at {place.home}; algorithms run {where}"
+        # A process outside of the cluster cannot know; each Job proves it.
+        known = "" if self._place.node or self._place.owner else "taken to be "
+        return f"{said}, {known}mounted here at {place.home}; algorithms run {where}"
+
+    def _check_exec(self, cluster: kube_run.Cluster) -> None:
+        """Return if this process may start the programs that files are carried by.
+
+        Raises:
+            EngineError: it may not.
+        """
+        asked = {"namespace": cluster.place.namespace, "verb": "get", "resource": "pods", "subresource": "exec"}
+        body = {"apiVersion": _REVIEWS, "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": asked}}
+        try:
+            found = cluster.api.call("POST", f"/apis/{_REVIEWS}/selfsubjectaccessreviews", body)
+        except Refused as error:
+            logger.debug("Rights cannot be asked for: %s", error)
+            return
+        if not found["status"].get("allowed"):
+            raise EngineError(
+                f"This process may not start programs in pods of the namespace {cluster.place.namespace}, by which files are carried to its "
+                "claim. Give it the rights `get` and `create` on `pods/exec`; see docs/how-to/run-on-kubernetes.md."
+            )
 
     def _remove(
         self, cluster: kube_run.Cluster, job: ContainerJob, row: Mapping[str, Any] | None, grace_seconds: float

@@ -5,6 +5,7 @@ What that does not prove is said in `tests/servers/kube_exec.py`.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from oasis_flows import lease
+from oasis_flows import doctor, lease, settings
 from oasis_flows.engines import kube_carry, pod as spec
 from oasis_flows.engines.kube_access import Access, from_content
 from oasis_flows.engines.kubernetes import KubernetesEngine
@@ -30,14 +31,17 @@ from tests.servers.kube import Double, Script, double_of_a_cluster, ended, runni
 RUNS = ((0.0, running()), (0.3, ended()))
 
 
-def access_of(address: str) -> Access:
-    config = {
+def config_of(address: str) -> dict[str, Any]:
+    return {
         "current-context": "x",
         "clusters": [{"name": "c", "cluster": {"server": address}}],
         "users": [{"name": "u", "user": {"token": "t"}}],
         "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u", "namespace": "flows"}}],
     }
-    return from_content(config)
+
+
+def access_of(address: str) -> Access:
+    return from_content(config_of(address))
 
 
 @pytest.fixture
@@ -305,8 +309,43 @@ def test_who_carries_needs_one_right_more(engine, double, job):
     engine.describe()
     engine.run(job, Log())
 
-    assert {call for call in double.calls if call != "get /version"} - rights() == {"get pods/exec"}
+    # Everybody may ask for the version, and what he may.
+    everybodys = {"get /version", "create selfsubjectaccessreviews"}
+    assert set(double.calls) - rights() - everybodys == {"get pods/exec"}
 
 
-def test_the_carrier_is_said(engine):
+def test_the_carrier_is_said_and_who_may_not_use_it_is_told(engine, double):
     assert "not mounted here: files are carried by Jobs of the image example.org/flow-runner:1" in engine.describe().name
+
+    double.may_exec = False
+    with pytest.raises(EngineError, match="`pods/exec`"):
+        engine.describe()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, ["claim", "note"]),
+        ({"OASIS_FLOWS_NODE_NAME": "k8s-node"}, []),
+        ({"OASIS_FLOWS_KUBERNETES_CARRIER": "example.org/flow-runner:1"}, []),
+    ],
+    ids=["neither", "mounted", "carried"],
+)
+def test_doctor_says_which_way_files_go(cluster, home, monkeypatch, tmp_path, variables, said):
+    (tmp_path / "kubeconfig").write_text(json.dumps(config_of(cluster[1])))
+    given = {
+        "KUBECONFIG": str(tmp_path / "kubeconfig"),
+        "OASIS_FLOWS_ENGINE": "kubernetes",
+        "OASIS_FLOWS_HOME": str(home),
+        "OASIS_FLOWS_KUBERNETES_CLAIM": "work",
+        **variables,
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    engine, *others = doctor._engine(settings.current())
+
+    assert engine.status == "ok", engine
+    assert (
+        "carried by Jobs of the image" if "OASIS_FLOWS_KUBERNETES_CARRIER" in variables else "mounted here at"
+    ) in engine.found
+    assert [word for each in others if each.check == "claim" for word in (each.check, each.status)] == said

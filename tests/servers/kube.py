@@ -96,6 +96,7 @@ class Double:
     # The same of connections to a program; and where the claim is, and what runs of carriers.
     cut_exec_after: list[int] = field(default_factory=list)
     claim: Path | None = None
+    may_exec: bool = True
     exec_port: int = 0
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -305,6 +306,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.double.delete_job(last[0], body.get("propagationPolicy"))
         self._answer(200, {"kind": "Status"})
+
+    def _post_selfsubjectaccessreviews(self, _: Any, __: Any, body: dict[str, Any]) -> None:
+        self._answer(201, {**body, "status": {"allowed": self.double.may_exec}})
 
     def _get_networkpolicies(self, last: list[str], *_: Any) -> None:
         self._get_other("networkpolicies", last)
