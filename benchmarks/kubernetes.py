@@ -28,7 +28,7 @@ from oasis_flows.engines.kubernetes import KubernetesEngine
 from oasis_flows.errors import ContainerLost
 from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.job import ContainerJob, Mount, Resources
-from tests.servers.cluster import TestCluster, open_cluster
+from tests.servers.cluster import TestCluster, carrier_of, open_cluster
 from tests.servers.registry import running_registry
 
 # The time since the machine's start, which is one clock for all that runs on it.
@@ -57,6 +57,27 @@ with lease.hold(path):
 print(got, int(peak) / 1024)
 """
 
+CARRIED = """
+import re, sys
+from pathlib import Path
+from oasis_flows import lease
+from oasis_flows.engines import pod as spec
+from oasis_flows.engines.kubernetes import KubernetesEngine
+from oasis_flows.job import ContainerJob, Mount, Resources
+namespace, claim, home, image, carrier, source = sys.argv[1:]
+folder = Path(home) / "workspaces" / Path(source).name
+place = spec.Place(namespace=namespace, claim=claim, home=Path(home), carrier=carrier)
+mounts = (Mount(source=Path(source), target="/work/input", read_only=True),
+          Mount(source=folder / "output", target="/work/output", read_only=False))
+with lease.hold(folder / "lease"):
+    (folder / "output").mkdir()
+    job = ContainerJob(run_id=folder.name, image=image, lease=folder / "lease", command=("sh", "-c", "cp -a input/. output"),
+                       mounts=mounts, resources=Resources(cpus=1.0), user="0:0")
+    KubernetesEngine(place, tell=print).run(job, lambda *_: None)
+(peak,) = re.findall(r"^VmHWM:\\s+(\\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+print("peak", int(peak) / 1024)
+"""
+
 
 def rows(folder: Path, *, quick: bool) -> Iterator[Row]:
     """A row for each mark."""
@@ -69,6 +90,7 @@ def rows(folder: Path, *, quick: bool) -> Iterator[Row]:
         yield from _many(cluster, 10 if quick else 50)
         yield _log(cluster, 20 if quick else 200)
         yield _deletion(cluster, 2 if quick else 5)
+        yield from _carried(cluster, folder, 50 if quick else 500)
 
 
 def _job(cluster: TestCluster, name: str, *command: str, resources: Resources = SMALL) -> ContainerJob:
@@ -211,6 +233,37 @@ def _log(cluster: TestCluster, megabytes: int) -> Row:
         mark="≤ 64 MiB more",
         reached=peaks[1] - peaks[0] <= 64,
     )
+
+
+def _carried(cluster: TestCluster, folder: Path, megabytes: int) -> Iterator[Row]:
+    """Files carried to a claim that is not mounted, and back, by a process of its own each: a few large ones, and many small ones."""
+    small = _carry(cluster, folder, make_files(folder / "one", 1, 1000))
+    large = _carry(cluster, folder, make_files(folder / "large", 5, megabytes * 200_000))
+    many = _carry(cluster, folder, make_files(folder / "many", 5000, 1000))
+    for way, seconds in (("to the claim", 0), ("from the claim", 1)):
+        yield Row(
+            what=f"Kubernetes: {megabytes} MB carried {way}; 5000 files of 1 kB",
+            ours=f"{said(large[seconds])}; {said(many[seconds])}",
+            figure=f"{megabytes / large[seconds]:.0f} MB/s; {5000 / many[seconds]:.0f} files/s",
+        )
+    yield Row(
+        what=f"· memory of the process that carried {megabytes} MB",
+        ours=f"{large[2]:.0f} MiB at most",
+        beside="1 kB",
+        theirs=f"{small[2]:.0f} MiB",
+        figure=f"{large[2] - small[2]:+.0f} MiB",
+        mark="≤ 16 MiB more",
+        reached=large[2] - small[2] <= 16,
+    )
+
+
+def _carry(cluster: TestCluster, folder: Path, source: Path) -> tuple[float, float, float]:
+    """Seconds there, seconds back, and the most MiB of memory."""
+    given = [cluster.namespace, cluster.claim, str(folder / "laptop"), cluster.image, carrier_of(cluster), str(source)]
+    command = [sys.executable, "-W", "ignore", "-c", CARRIED, *given]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    there, back = (float(each) for each in re.findall(r"^Carried .* the claim in ([\d.]+) s\.$", done.stdout, re.MULTILINE))
+    return there, back, float(done.stdout.split()[-1])
 
 
 def _deletion(cluster: TestCluster, times: int) -> Row:

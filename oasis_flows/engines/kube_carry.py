@@ -33,7 +33,7 @@ from .quota import Passed, Watch
 # To delete a million files.
 GRACE_SECONDS = 120
 _RESOURCES = Resources(cpus=1.0, memory_bytes=256 << 20)
-_REQUESTED_CPU = "50m"
+_REQUESTED = {"cpu": "50m", "memory": str(64 << 20)}
 # The group of the pool's flow runs, to which a claim belongs.
 _GROUP = 1000
 # How long transfers may take, for the deadline after which the cluster itself removes a forgotten carrier.
@@ -94,7 +94,7 @@ def carrier_body(job: ContainerJob, place: spec.Place) -> dict[str, Any]:
     body["metadata"]["labels"][spec.CARRIER] = "true"
     pod = body["spec"]["template"]["spec"]
     pod["securityContext"] |= {"fsGroup": _GROUP, "fsGroupChangePolicy": "OnRootMismatch"}
-    pod["containers"][0]["resources"]["requests"]["cpu"] = _REQUESTED_CPU
+    pod["containers"][0]["resources"]["requests"] |= _REQUESTED
     if job.resources.gpus and place.one_node:
         # The algorithm has to run on the same node.
         pod |= {"nodeSelector": dict(place.gpu_node_selector), "tolerations": [dict(each) for each in place.gpu_tolerations]}
@@ -110,18 +110,25 @@ def _served(place: spec.Place) -> spec.Place:
 
 
 def find(cluster: Cluster, job: ContainerJob) -> Json | None:
-    """The carrier that an earlier call for this job left, and that still runs; where there is none, nothing of the run is left."""
+    """The carrier that an earlier call for this job left, if it still runs, and the job's own Job can be taken up, too.
+
+    What else is left of the run is removed: a carrier alone may have the half of an output.
+    """
     digest = spec.job_digest(carrier_job(job, cluster.place))
     rows = kube_run.list_jobs(cluster, job.run_id)
-    for row in rows:
-        same = row["metadata"]["annotations"].get(spec.JOB) == digest and not row["metadata"].get("deletionTimestamp")
-        if same and kube_run.is_carrier(row):
-            pod = kube_run.pod_of(cluster, row)
-            if pod is not None and not pod["metadata"].get("deletionTimestamp") and not verdict.has_ended(pod):
-                return row
+    found = next((row for row in rows if kube_run.is_carrier(row) and _is_carrying(cluster, row, digest)), None)
+    if found is not None and kube_run.find_job(cluster, there(job)) is not None:
+        return found
     for row in rows:
         kube_run.remove_job(cluster, row)
     return None
+
+
+def _is_carrying(cluster: Cluster, row: Json, digest: str) -> bool:
+    if row["metadata"]["annotations"].get(spec.JOB) != digest or row["metadata"].get("deletionTimestamp"):
+        return False
+    pod = kube_run.pod_of(cluster, row)
+    return pod is not None and not pod["metadata"].get("deletionTimestamp") and not verdict.has_ended(pod)
 
 
 class Carriage:
@@ -143,14 +150,14 @@ class Carriage:
         self._heard = b""
         self._words: tuple[str, ...] = ()
 
-    def begin(self) -> None:
-        """Have a carrier, and all that the job reads on the claim. Both may be there since an earlier attempt.
+    def begin(self, *, fresh: bool) -> None:
+        """Have a carrier, and all that the job reads on the claim. Unless it is `fresh`, an earlier attempt may have seen to both.
 
         Raises:
             StoreFull: the claim has no room for it.
             EngineError, and what `KubernetesEngine.run` raises: there can be no carrier, or it could not do its work.
         """
-        found = find(self._home, self._here)
+        found = None if fresh else find(self._home, self._here)
         self.row = found or kube_run.create(self._home, self._home.jobs, carrier_body(self._here, self._home.place))
         threading.Thread(target=partial(copy_context().run, self._follow, fresh=found is None), daemon=True).start()
         while not self._ready:
@@ -234,6 +241,7 @@ class Carriage:
         return self._passed
 
     def _send_input(self) -> None:
+        began = time.monotonic()
         sources = {str(number): mount.source for number, mount in enumerate(self._here.mounts) if mount.read_only}
         with self._program("receive") as (program, lines):
             if json.loads(lines.readline())["there"]:
@@ -247,9 +255,10 @@ class Carriage:
             arrived = json.loads(lines.readline())
         if arrived != asdict(sent):
             raise EngineUnavailable(f"What arrived on the claim is not what was sent: {arrived}, and not {asdict(sent)}.")
-        self._home.tell(_said(sent, "to the claim"))
+        self._home.tell(_said(sent, "to the claim", began))
 
     def _fetch(self) -> None:
+        began = time.monotonic()
         new = self._here.lease.parent / f"arriving-{spec.job_name(self._here)}"
         delete(new)
         try:
@@ -264,7 +273,7 @@ class Carriage:
                     target = self._here.mounts[int(number)].source
                     delete(target)
                     shutil.move(new / number, target)
-            self._home.tell(_said(found, "from the claim"))
+            self._home.tell(_said(found, "from the claim", began))
         finally:
             delete(new)
 
@@ -317,8 +326,9 @@ class _Told:
         return data
 
 
-def _said(contents: Contents, way: str) -> str:
-    return f"Carried {counted(contents.files, 'file')}, {human_bytes(contents.bytes)}, {way}."
+def _said(contents: Contents, way: str, began: float) -> str:
+    seconds = time.monotonic() - began
+    return f"Carried {counted(contents.files, 'file')}, {human_bytes(contents.bytes)}, {way} in {seconds:.1f} s."
 
 
 def _passed(said: Any) -> Passed | None:

@@ -23,7 +23,7 @@ from . import Description, kube_image, kube_run, pod as spec
 from .docker_verdict import parse_time
 from .kube_access import Access, find_access
 from .kube_api import KubeApi, Refused
-from .kube_carry import GRACE_SECONDS, Carriage, find as find_carrier, there
+from .kube_carry import GRACE_SECONDS, Carriage, find as find_carrier
 from .kube_watch import PodWatch
 from .quota import Outlook, Watch
 from .shield import shielded
@@ -121,12 +121,13 @@ class KubernetesEngine:
         """
         cluster = self._open()
         with self._translated(f"to run {spec.job_name(job)}"), cluster.watch.following():
+            fresh = self._was_absent(job)
             if not cluster.place.carrier:
-                return self._run(cluster, job, log, Watch(job))
+                return self._run(cluster, job, log, Watch(job), fresh=fresh)
             carriage = Carriage(cluster, job)
             try:
-                carriage.begin()
-                exit = self._run(carriage.cluster, carriage.job, log, carriage)
+                carriage.begin(fresh=fresh)
+                exit = self._run(carriage.cluster, carriage.job, log, carriage, fresh=fresh)
                 if exit.reason.keeps_output:
                     carriage.at_end()
                 return exit
@@ -134,11 +135,13 @@ class KubernetesEngine:
                 carriage.leaving = True
                 self._remove(cluster, job, carriage.row, GRACE_SECONDS)
 
-    def _run(self, cluster: kube_run.Cluster, job: ContainerJob, log: LogSink, outlook: Outlook) -> ContainerExit:
+    def _run(
+        self, cluster: kube_run.Cluster, job: ContainerJob, log: LogSink, outlook: Outlook, *, fresh: bool
+    ) -> ContainerExit:
         image = self._pulled.get(job.image, spec.Pulled())
         row: Mapping[str, Any] | None = None
         try:
-            row = found = None if self._was_absent(job) else kube_run.find_job(cluster, job)
+            row = found = None if fresh else kube_run.find_job(cluster, job)
             if row is None:
                 self._close_network(cluster, job)
                 row = kube_run.create_job(cluster, job, image)
@@ -162,7 +165,7 @@ class KubernetesEngine:
         with self._translated(f"to look for {spec.job_name(job)}"):
             cluster = self._open()
             if cluster.place.carrier:
-                found = find_carrier(cluster, job) is not None and kube_run.find_job(cluster, there(job)) is not None
+                found = find_carrier(cluster, job) is not None
             else:
                 found = kube_run.find_job(cluster, job) is not None
         if not found:

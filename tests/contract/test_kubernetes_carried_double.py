@@ -296,6 +296,21 @@ def test_whose_owner_lives_is_not_reaped(engine, double, killed, claim, home):
     eventually(lambda: nothing_left(double, claim), 30)
 
 
+def test_an_output_of_which_nobody_knows_the_end_is_begun_anew(engine, double, killed, claim):
+    """The algorithm's Job is gone, and its carrier is not: what it wrote must not be found by the next."""
+    (main,) = (name for name, row in double.jobs.items() if spec.CARRIER not in row["metadata"]["labels"])
+    double.delete_job(main, "Background")
+    left = claim / "carried" / killed.run_id / "out" / "1" / "half"
+    left.write_text("half")
+    double.script = Script(states=RUNS, work=copy_all)
+    with lease.hold(killed.lease, 2):
+        again = replace(killed, attempt=2)
+        assert not engine.find(again)
+        assert engine.run(again, Log()).reason is Reason.OK
+    assert sorted(path.name for path in output(killed).iterdir()) == ["a.txt", "big"]
+    assert nothing_left(double, claim)
+
+
 def test_deleting_the_carrier_alone_deletes_all(engine, double, killed, claim):
     """As somebody might, or the cluster at its deadline: the algorithm's Job belongs to it."""
     carrier, main = sorted(double.jobs.values(), key=lambda row: spec.CARRIER not in row["metadata"]["labels"])
