@@ -19,7 +19,7 @@ from hypothesis import given, settings, strategies as st
 from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 
-from oasis_flows.engines import pod as spec, pod_verdict as verdict
+from oasis_flows.engines import kube_carry, pod as spec, pod_verdict as verdict
 from oasis_flows.engines.quota import Passed
 from oasis_flows.errors import (
     ContainerLost,
@@ -229,6 +229,60 @@ def test_secret_values_are_in_a_secret_only():
     made = spec.secret_values(job, PLACE, {"metadata": {"name": "j", "uid": "u"}})
     assert made is not None
     assert made["metadata"]["ownerReferences"][0]["uid"] == "u"
+
+
+CARRIED = replace(
+    JOB,
+    lease=Path("/laptop/workspaces/r/lease"),
+    mounts=(
+        Mount(source=Path("/data/letters"), target="/work/input", read_only=True),
+        Mount(source=Path("/laptop/workspaces/r/output"), target="/work/output", read_only=False),
+        Mount(source=Path("/laptop/workspaces/r/notes"), target="/run/oasis-flows", read_only=False),
+    ),
+    wrapper=Wrapper(argv=("/bin/sh",), ended=Path("/laptop/workspaces/r/notes/algorithm"), linger_seconds=5),
+    entrypoint=("x",),
+)
+OUTSIDE = replace(PLACE, home=Path("/laptop"), carrier="example.org/flow-runner:1", host="laptop")
+
+
+def test_a_carrier_is_closed_like_an_algorithm_and_goes_after_it():
+    found = kube_carry.carrier_body(CARRIED, OUTSIDE)
+    schema("job-batch-v1").validate(json.loads(json.dumps(found)))
+    main = body(kube_carry.there(CARRIED), place=replace(OUTSIDE, home=kube_carry.HOME))
+
+    assert container_of(found)["securityContext"] == container_of(main)["securityContext"]
+    assert pod_of(found)["automountServiceAccountToken"] is False
+    assert found["metadata"]["labels"][spec.NETWORK] == "none"
+    assert found["metadata"]["labels"][spec.RUN] == main["metadata"]["labels"][spec.RUN]
+    assert found["metadata"]["name"] != main["metadata"]["name"]
+    assert found["spec"]["activeDeadlineSeconds"] > main["spec"]["activeDeadlineSeconds"] + PLACE.pending_seconds
+    (claim,) = (each for each in container_of(found)["volumeMounts"] if each["name"] == "workspace")
+    assert claim == {"name": "workspace", "mountPath": "/var/lib/oasis-flows", "readOnly": False}
+
+
+def test_what_is_carried_lies_in_the_runs_own_folder_and_its_lease_does_not():
+    proof = kube_carry.HOME / "carried/r/lease"
+    found = body(kube_carry.there(CARRIED), place=replace(OUTSIDE, home=kube_carry.HOME, proof=proof))
+    mounts = {each["mountPath"]: each.get("subPath") for each in container_of(found)["volumeMounts"]}
+
+    assert mounts["/work/input"] == "carried/r/in/0"
+    assert mounts["/work/output"] == "carried/r/out/1"
+    assert mounts[spec.PROOF] == "carried/r/lease"
+    assert kube_carry.order_of(CARRIED).ended == "2/algorithm"
+    # A reaper in the cluster, of this version or an older one, sees no lease of its own in it.
+    assert spec.CLAIM not in found["metadata"]["annotations"]
+    assert found["metadata"]["annotations"][spec.LEASE] == "/laptop/workspaces/r/lease"
+
+
+@settings(deadline=None, max_examples=20)
+@given(jobs)
+def test_every_job_can_have_a_carrier(job):
+    found = kube_carry.carrier_body(job, OUTSIDE)
+    schema("job-batch-v1").validate(json.loads(json.dumps(found)))
+
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", found["metadata"]["name"])
+    order = json.loads(container_of(found)["args"][1].replace("$$", "$"))
+    assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", order["folder"])
 
 
 def seen_pod(job: ContainerJob = JOB, **changes: Any) -> dict[str, Any]:
