@@ -36,8 +36,8 @@ _RESOURCES = Resources(cpus=1.0, memory_bytes=256 << 20)
 _REQUESTED = {"cpu": "50m", "memory": str(64 << 20)}
 # The group of the pool's flow runs, to which a claim belongs.
 _GROUP = 1000
-# How long transfers may take, for the deadline after which the cluster itself removes a forgotten carrier.
-_SPARE_SECONDS = 86_400
+# How long transfers may take, and a job without a time limit: the cluster itself removes a carrier that everybody has forgotten.
+_SPARE_SECONDS, _LONGEST_SECONDS = 86_400, 30 * 86_400
 _TELL_SECONDS = 10.0
 
 
@@ -99,8 +99,8 @@ def carrier_body(job: ContainerJob, place: spec.Place) -> dict[str, Any]:
         # The algorithm has to run on the same node.
         pod |= {"nodeSelector": dict(place.gpu_node_selector), "tolerations": [dict(each) for each in place.gpu_tolerations]}
     main = spec.job_body(there(job), _served(place), spec.Pulled(config={"Entrypoint": ["?"]}))
-    if deadline := main["spec"].get("activeDeadlineSeconds"):
-        body["spec"]["activeDeadlineSeconds"] = deadline + round(place.pending_seconds) + _SPARE_SECONDS
+    longest = main["spec"].get("activeDeadlineSeconds", _LONGEST_SECONDS)
+    body["spec"]["activeDeadlineSeconds"] = longest + round(place.pending_seconds) + _SPARE_SECONDS
     return body
 
 

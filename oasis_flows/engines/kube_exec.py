@@ -44,7 +44,6 @@ class Program(io.RawIOBase):
     def __init__(self, connection: ClientConnection, patience_seconds: float) -> None:
         self._connection, self._patience = connection, patience_seconds
         self._rest, self._words = memoryview(b""), b""
-        self.moved_bytes = 0
 
     def readable(self) -> bool:
         return True
@@ -58,7 +57,6 @@ class Program(io.RawIOBase):
         piece = self._rest[: len(buffer)]
         buffer[: len(piece)] = piece
         self._rest = self._rest[len(piece) :]
-        self.moved_bytes += len(piece)
         return len(piece)
 
     def write(self, data: Any) -> int:
@@ -73,7 +71,6 @@ class Program(io.RawIOBase):
             raise EngineUnavailable(
                 f"A program in the cluster ended before it had heard everything. The cause: {error}"
             ) from error
-        self.moved_bytes += len(data)
         return len(data)
 
     def _message(self) -> memoryview | None:
