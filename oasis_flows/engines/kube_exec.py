@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode, urlsplit
 
-from ..errors import EngineUnavailable
+from ..errors import EngineError, EngineUnavailable
 from .kube_api import ALIVE, PASSING, KubeApi, refusal
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _PROTOCOL = "v4.channel.k8s.io"
 _STDIN, _STDOUT, _STDERR, _STATUS = 0, 1, 2, 3
 _WORDS_BYTES = 2000
+NO_RIGHT = (
+    "This process may not start programs in the pods that carry its files to the claim. Give it the rights `get` and `create` on "
+    "`pods/exec`; see docs/how-to/run-on-kubernetes.md."
+)
 
 
 class Exited(Exception):
@@ -111,7 +115,7 @@ def started(api: KubeApi, pod: str, container: str, command: Sequence[str], pati
     """Start a program in the container of a pod, whose path in the API is `pod`; the connection ends with the block.
 
     Raises:
-        Refused: the API server says no.
+        Refused, EngineError: the API server says no.
         EngineUnavailable: it does not answer, or the node does not.
     """
     from websockets.exceptions import InvalidHandshake, InvalidStatus
@@ -140,6 +144,8 @@ def started(api: KubeApi, pod: str, container: str, command: Sequence[str], pati
         refused = refusal(error.response.status_code, bytes(error.response.body or b""))
         if refused.status in PASSING:
             raise EngineUnavailable(f"A program could not be started in the cluster. It said: {refused.words}") from error
+        if refused.status == 403:
+            raise EngineError(f"{NO_RIGHT} The cluster said: {refused.words}") from error
         raise refused from error
     except (InvalidHandshake, OSError, EOFError) as error:
         host = urlsplit(access.server).netloc

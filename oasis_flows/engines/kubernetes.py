@@ -24,6 +24,7 @@ from .docker_verdict import parse_time
 from .kube_access import Access, find_access
 from .kube_api import KubeApi, Refused
 from .kube_carry import GRACE_SECONDS, Carriage, find as find_carrier
+from .kube_exec import NO_RIGHT
 from .kube_watch import PodWatch
 from .quota import Outlook, Watch
 from .shield import shielded
@@ -386,10 +387,7 @@ class KubernetesEngine:
             logger.debug("Rights cannot be asked for: %s", error)
             return
         if not found["status"].get("allowed"):
-            raise EngineError(
-                f"This process may not start programs in pods of the namespace {cluster.place.namespace}, by which files are carried to its "
-                "claim. Give it the rights `get` and `create` on `pods/exec`; see docs/how-to/run-on-kubernetes.md."
-            )
+            raise EngineError(NO_RIGHT)
 
     def _remove(
         self, cluster: kube_run.Cluster, job: ContainerJob, row: Mapping[str, Any] | None, grace_seconds: float

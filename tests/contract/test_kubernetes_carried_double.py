@@ -330,12 +330,16 @@ def test_who_carries_needs_one_right_more(engine, double, job):
     assert set(double.calls) - rights() - everybodys == {"get pods/exec"}
 
 
-def test_the_carrier_is_said_and_who_may_not_use_it_is_told(engine, double):
+def test_the_carrier_is_said_and_who_may_not_use_it_is_told(engine, double, job, claim):
     assert "not mounted here: files are carried by Jobs of the image example.org/flow-runner:1" in engine.describe().name
 
     double.may_exec = False
     with pytest.raises(EngineError, match="`pods/exec`"):
         engine.describe()
+    double.script = Script(states=RUNS)
+    with pytest.raises(EngineError, match=r"`pods/exec`.*The cluster said: cannot get"):
+        engine.run(job, Log())
+    assert nothing_left(double, claim)
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         double.calls.append(_verb(self.command, parts.path, query))
+        if parts.path.endswith("/exec") and not double.may_exec:
+            self._refuse(403, "Forbidden", 'cannot get resource "pods/exec"')
+            return
         if parts.path.endswith("/exec"):
             head = f"{self.requestline}\r\n{self.headers}".replace("\r\n", "\n").replace("\n", "\r\n").encode()
             self.close_connection = True
