@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["DockerEngine", "connect"]
 
+_OLDEST_API = "1.41"
+# An engine that is set up otherwise was away meanwhile, for longer than this.
+_INFO_SECONDS = 5.0
+
 
 def connect() -> DockerClient:
     """A client of the first engine that answers: `DOCKER_HOST` if it is set, else Docker's sockets, else Podman's.
@@ -37,7 +41,7 @@ def connect() -> DockerClient:
 
     if os.environ.get("DOCKER_HOST"):
         with translated(f"connecting to DOCKER_HOST={os.environ['DOCKER_HOST']}"):
-            return docker.from_env(version="auto")
+            return _speaking_its_version(docker.from_env)
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     rootless = [f"{runtime}/docker.sock", f"{runtime}/podman/podman.sock"] if runtime else []
     sockets = ["/var/run/docker.sock", *rootless, "/run/podman/podman.sock"]
@@ -48,10 +52,40 @@ def connect() -> DockerClient:
             continue
         try:
             with translated(f"connecting to {socket}"):
-                return docker.DockerClient(base_url=f"unix://{socket}", version="auto")
+                return _speaking_its_version(partial(docker.DockerClient, base_url=f"unix://{socket}"))
         except EngineUnavailable as error:
             tried.append(f"{socket}: {error.__cause__}")
     raise EngineUnavailable(f"No container engine answers. {HOW_TO_GET_AN_ENGINE} Tried {'; '.join(tried)}")
+
+
+def _speaking_its_version(client: Callable[..., DockerClient]) -> DockerClient:
+    """A client of the engine's own version of the API.
+
+    The SDK's "auto" asks for `/version`, for which an engine starts three programs; its answer to a ping tells, too.
+    """
+    with closing(client(version=_OLDEST_API)) as asking:
+        _without_proxies(asking.api)
+        answer = asking.api.get(f"{asking.api.base_url}/_ping", timeout=asking.api.timeout)
+    answer.raise_for_status()
+    return client(version=answer.headers.get("Api-Version", "auto"))
+
+
+def _without_proxies(api: Any) -> None:
+    # None stands before a socket of this machine, and looking for one takes a third of the time of a request.
+    api.trust_env &= not api.base_url.startswith("http+docker:")
+
+
+def _info(api: Any) -> Mapping[str, Any]:
+    """What the engine says about itself, not older than some seconds: it starts three programs to say it."""
+    # All sockets have one address.
+    engine = getattr(api.get_adapter(api.base_url), "socket_path", api.base_url)
+    known = _infos.get(engine)
+    if known is None or time.monotonic() - known[0] > _INFO_SECONDS:
+        known = _infos[engine] = (time.monotonic(), api.info())
+    return known[1]
+
+
+_infos: dict[str, tuple[float, Mapping[str, Any]]] = {}
 
 
 class DockerEngine:
@@ -89,7 +123,7 @@ class DockerEngine:
             ImageDenied, RegistryUnavailable, EngineUnavailable: the surroundings are.
         """
         with self._api("preparing an image") as api:
-            info = api.info()
+            info = _info(api)
             spec.refuse_unenforced(info)
             if image.image_id:
                 return docker_image.pull(api, image.image_id, image.login, info)
@@ -115,7 +149,7 @@ class DockerEngine:
     def run_to(self, job: ContainerJob, log: LogSink, at_end: AtEnd) -> ContainerExit:
         """As `run`, with a look at what the container leaves; see `ImageEngine.run_to`."""
         with self._api(f"running {spec.container_name(job)}") as api:
-            info = api.info()
+            info = _info(api)
             spec.refuse_unenforced(info)
             try:
                 found = docker_run.find_container(api, job) or docker_run.create_container(api, job, info)
@@ -207,8 +241,7 @@ class DockerEngine:
     @contextmanager
     def _api(self, doing: str) -> Iterator[Any]:
         with translated(doing), closing(self._connect()) as client:
-            # No proxy stands before a socket of this machine, and looking for one takes a third of the time of a request.
-            client.api.trust_env &= not client.api.base_url.startswith("http+docker:")
+            _without_proxies(client.api)
             yield client.api
 
 

@@ -85,10 +85,10 @@ def plan_round(seed: int, number: int) -> Round:
     runs = tuple(_run(dice, seed, number, n) for n in range(RUNS))
     faults = []
     if number:
-        faults = [_on_run(dice, run) for run in dice.choices(runs, k=dice.randint(6, 12))]
+        faults = [_on_run(dice, run) for run in dice.choices(runs, k=dice.randint(9, 18))]
         # In every third round only single runs are hit, and must not hit each other.
         if number % 3:
-            faults += [_on_service(dice) for _ in range(dice.randint(8, 16))]
+            faults += [_on_service(dice) for _ in range(dice.randint(10, 22))]
     return Round(seed, number, runs, tuple(faults))
 
 
