@@ -30,7 +30,7 @@ from prefect.states import Cancelling
 from . import errors, store
 from .artifacts import FAILED_TAG
 from .batching import Batch
-from .documents import patiently
+from .documents import PATIENCE_SECONDS, patiently
 from .errors import DescriptionError, OasisError, ProcessGone
 from .job import Reason
 from .ledger import Ledger, Row
@@ -81,7 +81,7 @@ class WorkPool:
         # One that ended without a verdict under an earlier process of this batch is no answer: it may go better now.
         for number in count(attempt.number):
             run = patiently(lambda number=number: self._make(of, number))  # type: ignore[misc]
-            if not (_is_over(run) and self._outcome(attempt, run).ending in (Ending.UNKNOWN, Ending.HOPELESS)):
+            if not (_is_over(run) and self._told(attempt, run).ending in (Ending.UNKNOWN, Ending.HOPELESS)):
                 self.under_way[run.id] = attempt
                 return
 
@@ -102,10 +102,7 @@ class WorkPool:
         for run in runs:
             if _is_over(run):
                 attempt = self.under_way.pop(run.id)
-                outcome = self._outcome(attempt, run)
-                if outcome.ending is Ending.DONE:
-                    self.ledger.write(outcome.row)
-                yield attempt, outcome
+                yield attempt, self._told(attempt, run)
         if time.monotonic() - self.looked >= LOOK_SECONDS:
             self.looked = time.monotonic()
             known = {run.id: run for run in runs}
@@ -129,6 +126,23 @@ class WorkPool:
         )
         patiently(partial(_delete, run_id))
         self.start(attempt)
+
+    def _told(self, attempt: Attempt, run: FlowRun) -> Outcome:
+        """What became of a run, written down if it is done. Both lie in the store, which is waited for, ten minutes long."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                outcome = self._outcome(attempt, run)
+                if outcome.ending is Ending.DONE:
+                    self.ledger.write(outcome.row)
+                return outcome
+            except OasisError as error:
+                if not error.transient or time.monotonic() > until:
+                    raise
+                get_run_logger().warning(
+                    "What became of shard %s cannot be read; it is tried again. %s", attempt.shard.name, error
+                )
+            time.sleep(POLL_SECONDS)
 
     def _outcome(self, attempt: Attempt, run: FlowRun) -> Outcome:
         assert run.state is not None  # noqa: S101 - it is final

@@ -117,7 +117,11 @@ def _state(truth: Truth, claims: Claims) -> Iterator[str]:
             yield "it is Completed and there is no Dataset document"
     elif place.manifest is not None and (claims.state == "FAILED" or not truth.hit & ENDS_A_PROCESS):
         yield f"it is {claims.state} ({claims.message}) and left a dataset"
-    if claims.state == "CRASHED" and not truth.hit & ENDS_A_PROCESS:
+    # A call to which Prefect's client raised what the server's connection did, before any of our code; an automation ends its run.
+    refused = (
+        bool(claims.told) and any(fault.endswith("the server") for fault in truth.against) and "never began" in claims.message
+    )
+    if claims.state == "CRASHED" and not truth.hit & ENDS_A_PROCESS and not refused:
         yield f"it is Crashed and nobody ended its process: {claims.message}"
     # Where the answer to the word Failed was lost, Prefect asks what the state is, and raises an exception of its own with it.
     lost = {"raised": "FailedRun", "code": None, "message": claims.message}

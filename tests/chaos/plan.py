@@ -76,7 +76,8 @@ class Round:
 
     def against(self, run: Run) -> frozenset[str]:
         """What is done to this run: to itself, and to what all runs use."""
-        return frozenset(fault.kind for fault in self.faults if fault.token in (None, run.token))
+        cancelled = {"cancel the run"} if run.cancelled else set()
+        return frozenset(cancelled | {fault.kind for fault in self.faults if fault.token in (None, run.token)})
 
 
 def plan_round(seed: int, number: int) -> Round:

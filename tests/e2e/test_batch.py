@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import threading
@@ -21,6 +22,7 @@ from oasis_flows.settings import current
 from oasis_flows.store import Location, published, read_file
 from tests.e2e.test_cancel import process_of
 from tests.servers.engine import eventually
+from tests.servers.faultproxy import Faults, between
 from tests.servers.prefect import BIN, ROOT
 
 # How many shards are run while their containers are killed; 200 take some minutes.
@@ -311,7 +313,46 @@ def test_shards_can_be_flow_runs_of_a_work_pool_and_outlive_the_batchs_process(d
     names = [each["parameters"]["shard"]["name"] for each in made]
     assert len(names) == len(set(names)) == 5
     assert {each["parameters"]["shard"]["listing"] for each in made} == {f"{output}/batch"}
-    assert json.loads((output / "failed.jsonl").read_text())["file"] == "1/0004.txt"
+    failed = json.loads((output / "failed.jsonl").read_text())
+    assert failed["file"] == "1/0004.txt"
+
+    alone = deployed.run(*shlex.split(failed["command"]), "--json", check=False)
+    assert alone.returncode == 1, alone.stdout + alone.stderr
+    assert "All of the 1 file failed" in alone.stdout
+
+
+def test_a_store_that_is_away_while_outcomes_are_read_is_waited_for(deployed, worker, busybox, letters, s3):
+    name = f"away-{uuid.uuid4().hex[:8]}"
+    algorithm(busybox).save(name)
+    letters(4).save(name)
+    with between(int(s3.endpoint.rpartition(":")[2])) as line:
+        keys = {"access_key_id": s3.access_key, "secret_access_key": s3.secret_key}
+        store = DatasetStore(url=f"s3://{s3.new_bucket()}/out", endpoint_url=f"http://127.0.0.1:{line.port}", **keys)
+        store.save(name)
+        kinds = {"algorithm": "algorithm", "input_dataset": "dataset", "store": "dataset-store"}
+        given = {key: {"$ref": {"block_document_slug": f"{kind}/{name}"}} for key, kind in kinds.items()}
+        parameters = {**given, "files_per_shard": 2, "fan_out": "work-pool", "output_name": f"{name}-out"}
+        deployment = deployed.api("/deployments/name/batch/batch")
+        run_id = deployed.api(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})["id"]
+        shards = {"flow_runs": {"tags": {"all_": [f"batch:{run_id}"]}}}
+        eventually(lambda: len(deployed.api("/flow_runs/filter", shards)) == 2, 90)
+        process = process_of(run_id)
+        os.kill(process, signal.SIGSTOP)
+        try:
+            for shard in deployed.api("/flow_runs/filter", shards):
+                assert deployed.wait_for(shard["id"], "COMPLETED", "FAILED", seconds=120)["state_type"] == "COMPLETED"
+            line.set(Faults(refuse=True))
+        finally:
+            os.kill(process, signal.SIGCONT)
+        logs = {"logs": {"flow_run_id": {"any_": [run_id]}}}
+        eventually(
+            lambda: any("cannot be read; it is tried again" in row["message"] for row in deployed.api("/logs/filter", logs)),
+            120,
+        )
+        line.set(Faults())
+        run = deployed.wait_for(run_id, "COMPLETED", "FAILED", "CRASHED", seconds=120)
+        assert run["state_type"] == "COMPLETED", run["state"]
+        assert len(list(published(Location(run["labels"]["oasis.output"], s3.options)).entries())) == 4
 
 
 class Cluster(BaseHTTPRequestHandler):

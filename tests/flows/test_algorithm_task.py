@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import signal
 import time
 import uuid
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import ClassVar
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from prefect import tags
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
+from prefect.exceptions import TerminationSignal
 from prefect.flow_engine import run_flow
 from prefect.states import Scheduled
 from prefect_docker.credentials import DockerRegistryCredentials
+from pydantic import BaseModel, model_serializer
 
 from oasis_flows import artifacts, documents, lease, tasks
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
@@ -726,6 +730,31 @@ def test_a_retry_whose_workspace_is_gone_does_everything_again(ran, flaky, notes
 
     assert done.run["state_type"] == "COMPLETED"
     assert len(engine.jobs) == 2
+
+
+def test_a_signal_that_came_while_a_model_was_written_is_no_failure(ran, prefect_server, here):
+    class Written(BaseModel):
+        @model_serializer
+        def write(self):
+            raise TerminationSignal(signal.SIGTERM)
+
+    class Interrupted(FakeEngine):
+        def prepare(self, image):  # noqa: ARG002
+            return Written().model_dump()
+
+    # Prefect passes the signal on to who had asked for it before.
+    tag, passed = uuid.uuid4().hex, []
+    before = signal.signal(signal.SIGTERM, lambda number, _: passed.append(number))
+    try:
+        with tags(tag), pytest.raises(TerminationSignal):
+            ran(Interrupted())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert passed == [signal.SIGTERM]
+    (run,) = prefect_server.api("/flow_runs/filter", {"flow_runs": {"tags": {"all_": [tag]}}})
+    assert run["state_type"] == "CRASHED", run["state"]
+    assert not (here / "workspaces" / run["id"]).exists()
 
 
 def test_what_nobody_foresaw_is_told_like_any_other_failure(ran, notes):

@@ -22,6 +22,7 @@ FAILED = Claims(
     told={"raised": "AlgorithmFailed", "code": "exit_nonzero"},
 )
 FAILING = replace(TRUTH, exit_code=3)
+CUT = replace(TRUTH, against=frozenset({"cut the server"}), hit=frozenset({"cut the server"}))
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,12 @@ FAILING = replace(TRUTH, exit_code=3)
         (TRUTH, Claims(state="SCHEDULED")),
         (TRUTH, replace(COMPLETED, state="CRASHED", told=None, document=None)),
         (TRUTH, Claims(state="CRASHED", place=Place(log=LOG[:9]))),
+        (
+            CUT,
+            Claims(
+                state="CRASHED", message="It was taken an hour ago and never began.", told={"raised": "RemoteProtocolError"}
+            ),
+        ),
     ],
     ids=[
         "completed",
@@ -41,6 +48,7 @@ FAILING = replace(TRUTH, exit_code=3)
         "killed before it began",
         "crashed behind the commit",
         "crashed with half a log",
+        "refused by the server",
     ],
 )
 def test_what_is_true_is_no_finding(truth, claims):
@@ -66,6 +74,7 @@ def test_what_is_true_is_no_finding(truth, claims):
         (TRUTH, replace(COMPLETED, place=replace(PLACE, log=LOG[:-1])), "lacks the last 1 bytes"),
         (TRUTH, replace(COMPLETED, place=replace(PLACE, log=LOG + b"out 2\n")), "its log has"),
         (TRUTH, Claims(state="CRASHED", place=Place(log=b"out 2\n")), "its log has"),
+        (CUT, Claims(state="CRASHED", told={"raised": "RemoteProtocolError"}), "nobody ended its process"),
         (TRUTH, FAILED, "is blamed for what was done to it"),
         (TRUTH, replace(COMPLETED, told={"raised": "X"}), "its caller was told"),
         (TRUTH, replace(FAILED, place=Place(record={"verdict": {"code": "killed"}}), told=None), "nobody did"),
