@@ -255,19 +255,25 @@ class KubernetesEngine:
         path = cluster.place.home / str(told.get(spec.LEASE) or "")
         ours = below is not None and path.is_relative_to(below)
         carried = told.get(spec.HOST) == gethostname()
+        on_claim = not cluster.place.carrier and told.get(spec.CLAIM) == cluster.place.claim
         if carried and not ours:
             grace = max(grace, float(told.get(spec.RETRY_WINDOW) or 0))
         grace = grace if carried else max(grace, _LEAST_GRACE_SECONDS)
-        if not told.get(spec.LEASE) or not (carried or told.get(spec.CLAIM) == cluster.place.claim) or ".." in path.parts:
+        if not told.get(spec.LEASE) or not (carried or on_claim) or ".." in path.parts:
             yield False
         elif lease.missing(path):
             made = parse_time(row["metadata"]["creationTimestamp"])
             age = (datetime.now(UTC) - made).total_seconds() if made else 0.0
-            # Nobody's is also what lies on a claim that is not mounted here.
-            yield ours and below is not None and below.is_dir() and age >= grace
+            # Nobody's is also what lies on a claim that is not mounted here; of a process outside of the cluster, nobody knows.
+            visible = carried or self._is_in_cluster
+            yield visible and ours and below is not None and below.is_dir() and age >= grace
         else:
             with lease.taken(path, grace) as free:
                 yield free
+
+    @property
+    def _is_in_cluster(self) -> bool:
+        return bool(self._place.node or self._place.owner)
 
     def _open(self) -> kube_run.Cluster:
         with self._lock:
@@ -370,7 +376,7 @@ class KubernetesEngine:
             return f"{said}, not mounted here: files are carried by Jobs of the image {place.carrier}; algorithms run {where}"
         where = f"beside this process on {place.node}" if place.node else "on any node"
         # A process outside of the cluster cannot know; each Job proves it.
-        known = "" if self._place.node or self._place.owner else "taken to be "
+        known = "" if self._is_in_cluster else "taken to be "
         return f"{said}, {known}mounted here at {place.home}; algorithms run {where}"
 
     def _check_exec(self, cluster: kube_run.Cluster) -> None:

@@ -289,6 +289,22 @@ def test_what_nobody_takes_up_is_reaped_by_its_own_machine_alone(engine, cluster
     eventually(lambda: nothing_left(double, claim), 30)
 
 
+@pytest.mark.parametrize("carrier", ["", "example.org/flow-runner:1"])
+def test_a_run_in_the_cluster_is_not_reaped_from_outside(cluster, double, job, home, carrier):
+    """Its lease is on the claim, and so is not here; that does not mean that nobody has it."""
+    inside = spec.Place(namespace="flows", claim="work", home=Path("/var/lib/oasis-flows"), node="k8s-node")
+    theirs = replace(job, run_id="theirs", lease=inside.home / "workspaces/theirs/lease", mounts=())
+    row = double.make_job(spec.job_body(theirs, inside, spec.Pulled()))
+    row["metadata"]["creationTimestamp"] = "2020-01-01T00:00:00Z"
+    outside = KubernetesEngine(
+        spec.Place(namespace="", claim="work", home=home, carrier=carrier), lambda: access_of(cluster[1])
+    )
+
+    assert outside.reap(grace_seconds=0, below=home / "workspaces") == ()
+    beside = KubernetesEngine(spec.Place(namespace="", claim="work", home=home, node="k8s-node"), lambda: access_of(cluster[1]))
+    assert beside.reap(grace_seconds=0, below=home / "workspaces") == ("theirs",)
+
+
 def test_whose_owner_lives_is_not_reaped(engine, double, killed, claim, home):
     with lease.hold(killed.lease):
         assert engine.reap(grace_seconds=0, below=home / "workspaces") == ()
