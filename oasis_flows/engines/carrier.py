@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -36,8 +37,8 @@ from .quota import Watch, measure
 PROTOCOL = 1
 # Where the image of flow runs has the claim.
 HOME = Path("/var/lib/oasis-flows")
-# The exit code that says that the claim is full.
-FULL = 28
+# Exit codes: the claim is full; the run's folder is being deleted.
+FULL, GOING = 28, 75
 # A carrier that was killed outright left its folder to the next one of the same user.
 _SILENCE_SECONDS = 600.0
 _PATIENCE_SECONDS = 100.0
@@ -114,6 +115,9 @@ def _hold(order: Order, home: Path, place: Workspace, leaving: threading.Event) 
         threading.Thread(target=workspace.reap, args=(place.path.parent, _SILENCE_SECONDS), daemon=True).start()
         _look(order, home, place, leaving)
     finally:
+        # From now on nobody takes for whole what is sent; see `send`.
+        with suppress(OSError):
+            (place.path / "out").rename(place.path / "going")
         until = time.monotonic() + _PATIENCE_SECONDS
         # Whoever still ends may still write.
         while not place.remove() and time.monotonic() < until:
@@ -156,13 +160,13 @@ def receive(order: Order, home: Path) -> None:
 
 
 def send(order: Order, home: Path) -> None:
-    """Hand out what the algorithm has written, unless it is more than it may be."""
+    """Hand out what the algorithm has written, unless it is more than it may be; say last whether nothing was deleted meanwhile."""
     folders = order.written_folders(home)
     passed = measure(list(folders.values()), order.limits).over(order.limits)
     _say(passed=passed and [passed.reason, passed.limit])
     if passed is None:
         pack(sys.stdout.buffer.write, folders, opening=True)
-        sys.stdout.buffer.flush()
+        _say(whole=all(folder.is_dir() for folder in folders.values()))
     sys.stdin.buffer.read(1)
 
 
@@ -178,7 +182,7 @@ def main(arguments: list[str]) -> int:
         {"hold": hold, "receive": receive, "send": send}[action](Order.loaded(order), Path(home[0]) if home else HOME)
     except OSError as error:
         sys.stderr.write(f"{error.strerror or error}: {error.filename or 'the claim'}\n")
-        return FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
+        return {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.ENOENT: GOING}.get(error.errno or 0, 1)
     except (Damaged, OasisError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

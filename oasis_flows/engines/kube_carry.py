@@ -23,7 +23,7 @@ from ..errors import ContainerLost, EngineError, EngineUnavailable, StoreFull
 from ..job import ContainerJob, Mount, Reason, Resources, Stream, counted, human_bytes
 from ..workspace import delete, room_for
 from . import kube_run, pod as spec, pod_verdict as verdict
-from .carrier import FULL, HOME, Order
+from .carrier import FULL, GOING, HOME, Order
 from .kube_api import Refused
 from .kube_exec import Exited, Program, started
 from .kube_run import Cluster, Json
@@ -39,6 +39,7 @@ _GROUP = 1000
 # How long transfers may take, and a job without a time limit: the cluster itself removes a carrier that everybody has forgotten.
 _SPARE_SECONDS, _LONGEST_SECONDS = 86_400, 30 * 86_400
 _TELL_SECONDS = 10.0
+_GONE = "The carrier of the run's files is gone, and they with it. Run it again."
 
 
 def order_of(job: ContainerJob) -> Order:
@@ -214,9 +215,7 @@ class Carriage:
         self._changed.clear()
         failure = self._failure
         if isinstance(failure, ContainerLost):
-            raise type(failure)(
-                f"The carrier of the run's files is gone, and they with it. Run it again. {failure}"
-            ) from failure
+            raise type(failure)(f"{_GONE} {failure}") from failure
         if failure is not None:
             raise failure
 
@@ -269,6 +268,8 @@ class Carriage:
                     return
                 told = _Told(lambda _: None, self._home.tell, "Carried {} from the claim.")
                 found = unpack(lambda count: told(lines.read(count)), new, self._here.resources)
+                if not json.loads(lines.readline())["whole"]:
+                    raise EngineUnavailable("The output was deleted while it was carried.")
                 for number in order_of(self._here).written:
                     target = self._here.mounts[int(number)].source
                     delete(target)
@@ -290,6 +291,8 @@ class Carriage:
                 raise StoreFull(
                     f"The claim {cluster.place.claim} is full. Make room there. Its carrier said: {error.words}"
                 ) from error
+            if error.code == GOING:
+                raise EngineUnavailable(f"The files of the run are gone. Their carrier said: {error.words}") from error
             raise EngineError(f"The carrier of files to the claim failed. It said: {error.words}") from error
         except (Damaged, ValueError) as error:
             raise EngineUnavailable(f"Files came from the claim, and not whole. The cause: {error}") from error
@@ -301,13 +304,21 @@ class Carriage:
             self._check()
             try:
                 action()
-            except EngineUnavailable:
+            except (EngineError, Refused) as error:
+                if self._is_going() or (isinstance(error, Refused) and error.status == 404):
+                    raise ContainerLost(f"{_GONE} {error}") from error
                 until = until or time.monotonic() + self._home.patience_seconds
-                if time.monotonic() > until:
+                if not isinstance(error, EngineUnavailable) or time.monotonic() > until:
                     raise
                 time.sleep(1.0)
             else:
                 return
+
+    def _is_going(self) -> bool:
+        """Is the carrier gone, or being deleted?"""
+        assert self.row is not None  # noqa: S101 - something was done with it
+        sight = self._home.watch.sight(self.row["metadata"]["uid"])
+        return sight.gone or (sight.pod is not None and "deletionTimestamp" in sight.pod["metadata"])
 
 
 class _Told:

@@ -15,7 +15,6 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +46,12 @@ class Contents:
 
 
 def pack(write: Callable[[bytes], object], sources: Mapping[str, Path], *, opening: bool = False) -> Contents:
-    """Write each file or folder under its name here, a single one. What vanishes meanwhile is left out.
+    """Write each file or folder under its name here, a single one.
 
     With `opening`, what is closed even to its owner, who this process is, is opened; nobody else may work there then.
 
     Raises:
-        OSError: something cannot be read.
+        OSError: something cannot be read, or vanishes meanwhile.
     """
     packing = _Packing(write, opening)
     for name, path in sources.items():
@@ -97,9 +96,8 @@ class _Packing:
             while waiting:
                 if waiting[-1]:
                     below = waiting[-1].pop()
-                    with suppress(FileNotFoundError):
-                        at = _instead_of(at, self._opened(below, _OPEN_FOLDER, at))
-                        waiting.append(self._enter(os.fsencode(below), at))
+                    at = _instead_of(at, self._opened(below, _OPEN_FOLDER, at))
+                    waiting.append(self._enter(os.fsencode(below), at))
                     continue
                 waiting.pop()
                 self._way.pop()
@@ -116,11 +114,10 @@ class _Packing:
         self._way.append(name)
         with os.scandir(at) as entries:
             for entry in entries:
-                with suppress(FileNotFoundError):
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.name)
-                    else:
-                        self._other(entry, at)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.name)
+                else:
+                    self._other(entry, at)
         return folders
 
     def _other(self, entry: os.DirEntry[str], at: int) -> None:

@@ -5,6 +5,7 @@ What that does not prove is said in `tests/servers/kube_exec.py`.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -20,14 +21,17 @@ import pytest
 
 from oasis_flows import doctor, lease, settings
 from oasis_flows.engines import kube_carry, pod as spec
+from oasis_flows.engines.carrier import GOING, Order
 from oasis_flows.engines.kube_access import Access, from_content
 from oasis_flows.engines.kubernetes import KubernetesEngine
+from oasis_flows.engines.parcel import Damaged, unpack
 from oasis_flows.errors import ContainerLost, EngineError, StoreFull
 from oasis_flows.job import ContainerJob, Mount, Reason, Resources, Wrapper
 from tests.contract.test_engine import Log
 from tests.contract.test_kubernetes_double import rights
 from tests.servers.engine import eventually
 from tests.servers.kube import Double, Script, double_of_a_cluster, ended, running
+from tests.servers.kube_exec import program
 
 RUNS = ((0.0, running()), (0.3, ended()))
 
@@ -201,6 +205,38 @@ def test_a_carrier_that_dies_takes_the_run_along(engine, double, job, claim):
     double.script = Script(states=RUNS, work=copy_all)
     assert engine.run(job, Log()).reason is Reason.OK
     assert nothing_left(double, claim)
+
+
+def test_what_is_deleted_while_it_is_sent_is_not_taken_for_whole(claim, tmp_path):
+    """Neither what it had listed and does not find any more, nor what it never saw."""
+    order = Order(folder="r", job="", written=("1",), ended="", output_bytes=None, output_files=None)
+    module = ["python", "-m", "oasis_flows.engines.carrier"]
+    out, target = claim / "carried/r/out/1", tmp_path / "target"
+    target.mkdir()
+    with program([*module, "hold", order.dumped()], claim) as holding:
+        assert holding.stdout.readline() == b'{"ready": true}\n'
+        for number in range(200):
+            (out / str(number)).mkdir()
+            (out / str(number) / "f").write_bytes(b"x" * 10_000)
+        with program([*module, "send", order.dumped()], claim, stdin=subprocess.PIPE) as sending:
+            assert sending.stdout.readline() == b'{"passed": null}\n'
+            # It is at it, and then waits with a full pipe.
+            begun = io.BytesIO(sending.stdout.read(100_000))
+            holding.terminate()
+            holding.wait()
+            with pytest.raises(Damaged):
+                unpack(lambda count: (first := begun.read(count)) + sending.stdout.read(count - len(first)), target)
+            assert sending.wait() == GOING
+    out.mkdir(parents=True)
+    (out / "f").write_bytes(b"x" * 1_000_000)
+    (target / "again").mkdir()
+    with program([*module, "send", order.dumped()], claim, stdin=subprocess.PIPE) as sending:
+        begun = io.BytesIO(sending.stdout.read(len(b'{"passed": null}\n') + 100_000))
+        assert begun.readline() == b'{"passed": null}\n'
+        out.parent.rename(out.parent.with_name("going"))
+        unpack(lambda count: (first := begun.read(count)) + sending.stdout.read(count - len(first)), target / "again")
+        assert sending.stdout.readline() == b'{"whole": false}\n'
+        sending.stdin.close()
 
 
 def test_an_image_that_is_none_of_flow_runs_is_named(engine, double, job, monkeypatch):
