@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
@@ -10,10 +11,11 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, FlowRunPolicy, State
 from prefect.context import FlowRunContext
-from prefect.exceptions import ExternalSignal
+from prefect.exceptions import TerminationSignal
 from prefect.flow_engine import FlowRunTimeoutError
 from prefect.logging import get_run_logger
 from prefect.states import Failed
+from pydantic_core import PydanticSerializationError
 
 from .artifacts import harmless, show_files, show_page, tell_failure
 from .documents import await_server, patiently
@@ -35,11 +37,13 @@ def failed(error: Exception, account: Account) -> State[Any]:
     Raises:
         OasisError: the error itself, where the flow has retries left and another try can help.
         FlowRunTimeoutError: the error itself: Prefect's engine has an answer to it.
-        TerminationSignal: as for that, where it came in the middle of something that made an exception of its own of it.
+        TerminationSignal: as for that.
     """
-    signal = _signal_behind(error)
-    if signal is not None:
-        raise signal
+    if isinstance(error, FlowRunTimeoutError):
+        raise error
+    # Of what a signal raises while a model is written pydantic makes an error of its own, and may keep its name alone.
+    if isinstance(error, PydanticSerializationError) and TerminationSignal.__name__ in str(error):
+        raise TerminationSignal(signal.SIGTERM) from error
     if not isinstance(error, OasisError):
         error = _unforeseen(error)
     verdict = judge(error)
@@ -53,13 +57,6 @@ def failed(error: Exception, account: Account) -> State[Any]:
         _mind_retries(context.flow_run, error)
     # Other names would hide a failure from everybody who waits for the event prefect.flow-run.Failed.
     return Failed(message=verdict.sentence, data=error, name="TimedOut" if verdict.code == Reason.TIMED_OUT else "Failed")
-
-
-def _signal_behind(error: BaseException | None) -> BaseException | None:
-    """What came from outside, by a signal, and is for Prefect's engine; pydantic has it as the cause of a `ValueError`."""
-    while error is not None and not isinstance(error, FlowRunTimeoutError | ExternalSignal):
-        error = None if isinstance(error, OasisError) else error.__cause__
-    return error
 
 
 def _unforeseen(cause: Exception) -> InternalError:

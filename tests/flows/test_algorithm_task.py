@@ -738,9 +738,16 @@ def test_a_signal_that_came_while_a_model_was_written_is_no_failure(ran, prefect
         def write(self):
             raise TerminationSignal(signal.SIGTERM)
 
+    class Around(BaseModel):
+        written: Written = Written()
+
+        @model_serializer(mode="wrap")
+        def write(self, handler):
+            return handler(self)
+
     class Interrupted(FakeEngine):
         def prepare(self, image):  # noqa: ARG002
-            return Written().model_dump()
+            return Around().model_dump()
 
     # Prefect passes the signal on to who had asked for it before.
     tag, passed = uuid.uuid4().hex, []
