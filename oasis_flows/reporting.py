@@ -37,13 +37,15 @@ def failed(error: Exception, account: Account) -> State[Any]:
     Raises:
         OasisError: the error itself, where the flow has retries left and another try can help.
         FlowRunTimeoutError: the error itself: Prefect's engine has an answer to it.
-        TerminationSignal: as for that.
+        TerminationSignal, KeyboardInterrupt: as for that.
     """
     if isinstance(error, FlowRunTimeoutError):
         raise error
     # Of what a signal raises while a model is written pydantic makes an error of its own, and may keep its name alone.
-    if isinstance(error, PydanticSerializationError) and TerminationSignal.__name__ in str(error):
-        raise TerminationSignal(signal.SIGTERM) from error
+    if isinstance(error, PydanticSerializationError):
+        for interruption in (TerminationSignal(signal.SIGTERM), KeyboardInterrupt()):
+            if type(interruption).__name__ in str(error):
+                raise interruption from error
     if not isinstance(error, OasisError):
         error = _unforeseen(error)
     verdict = judge(error)

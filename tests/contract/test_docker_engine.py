@@ -265,7 +265,8 @@ class TestUsage:
         ended = ContainerExit.from_json(json.loads(done.stdout))
         assert ended.reason is Reason.OK
         assert 3 <= len(ended.usage) <= ended.seconds + 1
-        assert max(sample.memory_bytes for sample in ended.usage) > 39e6
+        # The engine tells it once a second, which may be while the second file grows.
+        assert max(sample.memory_bytes for sample in ended.usage) > 21e6
         assert ended.cpu_seconds is not None
         assert 0.01 < ended.cpu_seconds < 5
         assert not containers_of(docker_api, job.run_id)

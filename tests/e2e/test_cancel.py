@@ -158,7 +158,11 @@ def start(prefect_server, here, docker_api, documents):
 def test_a_signal_to_a_run_in_the_terminal_leaves_nothing(prefect_server, here, docker_api, start, number, code):
     process, run_id = start("sleeper")
     process.send_signal(number)
-    said = process.communicate(timeout=30)[0].decode()
+    try:
+        said = process.communicate(timeout=30)[0].decode()
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"It did not end within 30 s. It said: {process.communicate()[0].decode()}")
 
     assert containers_of(docker_api, run_id) == []
     assert list((here / "workspaces").iterdir()) == []
