@@ -37,11 +37,22 @@ def busybox_layer() -> bytes:
 
 
 def layer(
-    files: Mapping[str, tuple[int, bytes]], links: Mapping[str, str] | None = None, folders: Mapping[str, int] | None = None
+    files: Mapping[str, tuple[int, bytes]],
+    links: Mapping[str, str] | None = None,
+    folders: Mapping[str, int] | None = None,
+    copies: Mapping[str, Path] | None = None,
 ) -> bytes:
-    """A layer with these files (mode and content), symbolic links, and folders (mode)."""
+    """A layer with these files (mode and content), symbolic links, folders (mode), and copies of files with their times."""
     packed = io.BytesIO()
+
+    def of_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.uid = member.gid = 0
+        member.uname = member.gname = "root"
+        return member
+
     with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name, path in (copies or {}).items():
+            tar.add(path, name, recursive=False, filter=of_root)
         for name, mode in (folders or {}).items():
             member = tarfile.TarInfo(name)
             member.type, member.mode = tarfile.DIRTYPE, mode
@@ -69,21 +80,19 @@ def module_image(module: str) -> TinyImage:
     command = [sys.executable, "-S", "-c", f"{say}; {LOADED}"]
     told = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
     found = {Path(line).resolve() for line in told.splitlines()} | {Path(sys.executable).resolve()}
-    files, links = _with_libraries(found)
-    links |= {"bin/python": str(Path(sys.executable).resolve())}
+    links = _library_names(found) | {"bin/python": str(Path(sys.executable).resolve())}
     variables = ["PATH=/bin", f"PYTHONPATH={ROOT}", f"LD_LIBRARY_PATH={_libraries(found)}"]
-    return TinyImage(layers=(busybox_layer(), layer(files, links)), config={"Env": variables})
+    copies = {str(path).lstrip("/"): path for path in found}
+    return TinyImage(layers=(busybox_layer(), layer({}, links, copies=copies)), config={"Env": variables})
 
 
-def _with_libraries(found: Iterable[Path]) -> tuple[dict[str, tuple[int, bytes]], dict[str, str]]:
-    """Files and links of a layer in which these files are where they are here, and libraries have all of their names."""
-    found = set(found)
-    files = {str(path).lstrip("/"): (0o755 if path.stat().st_mode & 0o100 else 0o644, path.read_bytes()) for path in found}
-    (loader,) = (name for name in files if "/ld-linux" in name)
-    links = {f"lib64/{Path(loader).name}": f"/{loader}"}
-    # Libraries are asked for by other names than those of their files.
-    names = (name for path in found if ".so." in path.name for name in path.parent.glob(f"{path.name.partition('.so')[0]}.so*"))
-    return files, links | {str(name).lstrip("/"): name.resolve().name for name in names if name.is_symlink()}
+def _library_names(found: Iterable[Path]) -> dict[str, str]:
+    """Links by which libraries among these files are found: they are asked for by other names than those of their files."""
+    shared = {path for path in found if ".so." in path.name}
+    (loader,) = (path for path in shared if path.name.startswith("ld-linux"))
+    names = (name for path in shared for name in path.parent.glob(f"{path.name.partition('.so')[0]}.so*"))
+    links = {str(name).lstrip("/"): name.resolve().name for name in names if name.is_symlink()}
+    return links | {f"lib64/{loader.name}": str(loader)}
 
 
 def _libraries(found: Iterable[Path]) -> str:
@@ -102,16 +111,17 @@ def flow_runner_image() -> TinyImage:
     ours |= {
         Path(str(file.locate())).resolve() for each in _closure("oasis-flows", {"kubernetes"}) for file in each.files or ()
     }
-    plain = {path for path in ours if path.is_file() and path.suffix != ".pyc" and "__editable__" not in path.name}
-    files, links = _with_libraries(plain | system | {base, venv / "pyvenv.cfg"})
+    ours |= system | {base, venv / "pyvenv.cfg"}
+    copies = {str(path).lstrip("/"): path for path in ours if path.is_file() and "__editable__" not in path.name}
     site = Path(sysconfig.get_path("purelib")).resolve()
-    package = (path for path in (ROOT / "oasis_flows").rglob("*") if path.is_file() and path.suffix != ".pyc")
-    files |= {str(site / path.relative_to(ROOT)).lstrip("/"): (0o644, path.read_bytes()) for path in package}
-    files["etc/passwd"] = (0o644, PASSWD + b"oasis:x:1000:1000::/tmp:/bin/sh\n")
+    package = (path for path in (ROOT / "oasis_flows").rglob("*") if path.is_file())
+    copies |= {str(site / path.relative_to(ROOT)).lstrip("/"): path for path in package}
+    links = _library_names(system)
     links |= {str(path).lstrip("/"): str(base) for path in (venv / "bin").glob("python*") if path.is_symlink()}
+    users = {"etc/passwd": (0o644, PASSWD + b"oasis:x:1000:1000::/tmp:/bin/sh\n")}
     variables = [f"PATH={venv}/bin:/bin", "HOME=/tmp", "PYTHONUNBUFFERED=1", f"LD_LIBRARY_PATH={_libraries(system)}"]
     config = {"Env": variables, "User": "1000:1000", "WorkingDir": "/tmp", "Cmd": ["oasis-flows", "doctor"]}
-    return TinyImage(layers=(busybox_layer(), layer(files, links, {"tmp": 0o1777})), config=config)
+    return TinyImage(layers=(busybox_layer(), layer(users, links, {"tmp": 0o1777}, copies)), config=config)
 
 
 def _closure(name: str, extras: set[str]) -> list[Distribution]:
