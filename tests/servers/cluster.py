@@ -185,10 +185,10 @@ def ground(request: pytest.FixtureRequest, here: Path, busybox: str, monkeypatch
         return next((str(row["containerID"]) for row in rows if "running" in row["state"]), "")
 
     if request.param == "kubernetes":
-        return Ground("kubernetes", cluster.home, cluster.image, seen, running, 30.0)
+        return Ground("kubernetes", cluster.home, cluster.image, seen, running, 60.0)
     monkeypatch.setenv("OASIS_FLOWS_HOME", str(here))
     monkeypatch.setenv("OASIS_FLOWS_KUBERNETES_CARRIER", carrier_of(cluster))
-    return Ground("kubernetes", here, cluster.image, seen, running, 30.0)
+    return Ground("kubernetes", here, cluster.image, seen, running, 90.0)
 
 
 def _text(rows: list[dict[str, Any]]) -> str:
