@@ -32,7 +32,7 @@ from .log import last_lines
 from .machine import open_engine
 from .manifest import Summary
 from .plan import Plan
-from .reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE, abandon_uploads, gone, may_return, reap, remove_rest
+from .reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE, abandon_uploads, gone, may_return, remove_rest, sweep
 from .record import Account
 from .settings import Settings
 from .tasks import MARKER_PUBLISHED, MARKER_RUN, stage_seconds
@@ -150,7 +150,7 @@ def _unpublished(workspace: Workspace, error: OasisError) -> bool:
 def _sweep(here: Settings) -> None:
     """Take away what dead runs left. That is nobody's business but theirs: it never fails this run."""
     try:
-        reaped = reap(here)
+        reaped = sweep(here)
     except Exception as error:  # noqa: BLE001 - whatever it is, this run did not do it
         get_run_logger().warning("Could not look for what dead runs left: %s: %s", type(error).__name__, error)
     else:

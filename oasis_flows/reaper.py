@@ -12,16 +12,25 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from socket import gethostname
 from typing import Any
 from uuid import UUID
 
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import SetStateStatus
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelled, Crashed
 
 from . import caches, documents, lease, store, workspace
@@ -40,6 +49,9 @@ LABEL_HOST, LABEL_OUTPUT, LABEL_STORE = "oasis.host", "oasis.output", "oasis.sto
 # Begins the tag of a run that is a shard of a batch, whose id follows.
 SHARD_TAG = "batch:"
 PROCESS_GONE = "The process that ran it is gone: it was killed, or its worker was stopped. What it left is removed."
+# The flows of this package.
+FLOWS = ("algorithm-task", "batch", "reap", "train", "train-route", "train-station")
+NEVER_BEGAN = "A worker took it and it never began: its worker died, or still waits for its infrastructure."
 # A run whose last step has failed holds its lease no longer, and Prefect may learn of that late.
 SILENCE_SECONDS = 30.0
 PATIENCE_SECONDS = 600.0
@@ -61,6 +73,22 @@ class Reaped:
 
 
 def reap(settings: Settings, *, now: bool = False) -> Reaped:
+    """`sweep`, and tell Prefect the end of runs, of whatever machine, that a worker took and that never began.
+
+    They have the setting `OASIS_FLOWS_BEGIN_WITHIN` for it. An automation does the same; but a server that is killed before it has acted
+    on an event does not know of it afterwards.
+
+    Raises:
+        EngineUnavailable: as `sweep` does. Prefect was told all the same.
+    """
+    ended = tuple[str, ...]()
+    with _noted("Prefect could not be told which runs never began"):
+        ended = _end_those_that_never_began(settings.begin_seconds)
+    swept = sweep(settings, now=now)
+    return replace(swept, runs=swept.runs + ended)
+
+
+def sweep(settings: Settings, *, now: bool = False) -> Reaped:
     """Remove containers that nobody owns and workspaces that nobody came back for, and tell Prefect of runs that died.
 
     So that a retry finds them, a dead run's container may stay for the setting `OASIS_FLOWS_RETRY_WINDOW`, unless `now`, and its
@@ -93,7 +121,7 @@ def reap_until_quiet(settings: Settings) -> Iterator[Reaped]:
     began, window = time.monotonic(), max(settings.retry_window_seconds, SILENCE_SECONDS)
     while (waited := time.monotonic() - began) < window + PATIENCE_SECONDS:
         try:
-            yield reap(settings)
+            yield sweep(settings)
         except EngineUnavailable as error:
             logger.warning("The engine is away; it is asked again. %s", error)
         else:
@@ -169,6 +197,47 @@ def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> bool:
     return True
 
 
+def _end_those_that_never_began(begin_seconds: float) -> tuple[str, ...]:
+    waiting = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.CANCELLING]))
+    )
+    ended = []
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=list(FLOWS))),
+            flow_run_filter=waiting,
+            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+        )
+        for run in found:
+            with _noted("Prefect could not be told that run %s never began", run.id):
+                # It may have begun while the others were seen to.
+                if _never_began(run, begin_seconds) and _never_began(client.read_flow_run(run.id), begin_seconds):
+                    _tell_never_began(client, run)
+                    ended.append(str(run.id))
+    return tuple(ended)
+
+
+def _never_began(run: FlowRun, begin_seconds: float) -> bool:
+    state = run.state
+    if state is None or age(state) < begin_seconds:
+        return False
+    return state.is_pending() or (state.is_cancelling() and LABEL_HOST not in run.labels)
+
+
+def age(state: State[Any]) -> float:
+    """How many seconds ago it was reached."""
+    return (datetime.now(UTC) - state.timestamp).total_seconds()
+
+
+def _tell_never_began(client: SyncPrefectClient, run: FlowRun) -> None:
+    if run.state is not None and run.state.is_cancelling():
+        client.set_flow_run_state(run.id, Cancelled(message=NEVER_BEGAN))
+        return
+    verdict = judge(ProcessGone(NEVER_BEGAN + _again(run)))
+    client.set_flow_run_state(run.id, Crashed(message=f"{verdict.sentence} {verdict.advice}"))
+    tell_failure(client, run.id, run.name, verdict)
+
+
 def may_return(run: FlowRun) -> bool:
     """Can the run be tried again, and find what it left? A batch does not try the run of a shard again: it makes another."""
     return run.deployment_id is not None and not any(tag.startswith(SHARD_TAG) for tag in run.tags)
@@ -176,8 +245,11 @@ def may_return(run: FlowRun) -> bool:
 
 def gone(run: FlowRun) -> Verdict:
     """What there is to say of a run whose process is gone."""
-    again = f" Run it again: prefect flow-run retry {run.id}" if may_return(run) else ""
-    return judge(ProcessGone(PROCESS_GONE + again))
+    return judge(ProcessGone(PROCESS_GONE + _again(run)))
+
+
+def _again(run: FlowRun) -> str:
+    return f" Run it again: prefect flow-run retry {run.id}" if may_return(run) else ""
 
 
 def remove_rest(run: FlowRun, settings: Settings, *, folder: bool = True) -> None:

@@ -75,6 +75,7 @@ class Settings:
     retry_window_seconds: float
     keep_seconds: float
     keep_caches_seconds: float
+    begin_seconds: float
     headroom: float
     capacity: Path | None
     marketplaces: tuple[str, ...] = ("prefect",)
@@ -129,6 +130,7 @@ def current() -> Settings:
         retry_window_seconds=_seconds("OASIS_FLOWS_RETRY_WINDOW", "60"),
         keep_seconds=3600 * _seconds("OASIS_FLOWS_KEEP_HOURS", "24"),
         keep_caches_seconds=3600 * _seconds("OASIS_FLOWS_KEEP_CACHES_HOURS", "720"),
+        begin_seconds=_seconds("OASIS_FLOWS_BEGIN_WITHIN", "3600"),
         marketplaces=tuple(re.split(r"[\s,]+", (env("OASIS_FLOWS_MARKETPLACES") or "prefect").strip(" ,"))),
         storages=_table("OASIS_FLOWS_STORAGES"),
         trusted_stations=_keys("OASIS_FLOWS_TRUSTED_STATIONS"),

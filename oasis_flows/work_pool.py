@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
 from typing import Any
@@ -36,7 +35,7 @@ from .job import Reason
 from .ledger import Ledger, Row
 from .manifest import Summary
 from .plan import ShardOf
-from .reaper import LABEL_HOST, SHARD_TAG
+from .reaper import LABEL_HOST, SHARD_TAG, age
 from .schedule import Attempt, Ending
 from .shards import Outcome, ending_of, ending_of_reason
 
@@ -45,8 +44,8 @@ DEPLOYMENT = "algorithm-task/algorithm-task"
 WINDOW = 32
 POLL_SECONDS = 1.0
 # A worker counts as gone when the server has missed its sign of life for some 90 s. One that was started anew under its old name
-# never does; then it is the time that an automation allows, too. It writes its name on a run right after it has taken it.
-LOOK_SECONDS, NEVER_NAMED, NEVER_BEGAN = 15.0, timedelta(minutes=2), timedelta(hours=1)
+# never does; then it is the time that the reaper allows, too. It writes its name on a run right after it has taken it.
+LOOK_SECONDS, NEVER_NAMED_SECONDS = 15.0, 120.0
 _PAGE = 200
 _WORKER, _POOL = "prefect.worker.name", "prefect.work-pool.name"
 
@@ -59,6 +58,7 @@ class WorkPool:
     ledger: Ledger
     deployment: UUID
     parameters: Mapping[str, Any]
+    begin_seconds: float
     under_way: dict[UUID, Attempt] = field(default_factory=dict)
     looked: float = field(default_factory=time.monotonic)
 
@@ -107,7 +107,7 @@ class WorkPool:
             self.looked = time.monotonic()
             known = {run.id: run for run in runs}
             for run_id in list(self.under_way):
-                if run_id not in known or patiently(partial(_never_begins, known[run_id])):
+                if run_id not in known or patiently(partial(_never_begins, known[run_id], self.begin_seconds)):
                     self._make_again(run_id)
 
     def _runs(self) -> list[FlowRun]:
@@ -181,8 +181,10 @@ class WorkPool:
 
 
 @contextmanager
-def work_pool(batch: Batch, ledger: Ledger) -> Iterator[WorkPool]:
+def work_pool(batch: Batch, ledger: Ledger, begin_seconds: float) -> Iterator[WorkPool]:
     """Attempts as flow runs, for the time of the block; whatever ends it with an exception cancels them.
+
+    One that a worker took and that does not begin within `begin_seconds` is made again.
 
     Raises:
         DescriptionError: there is no such deployment; or a document is none, which a worker could load.
@@ -202,7 +204,7 @@ def work_pool(batch: Batch, ledger: Ledger) -> Iterator[WorkPool]:
             f"There is no deployment {DEPLOYMENT}, of which shards are runs with `fan_out: work-pool`. Make it with `prefect deploy "
             "--all`, or use in-process."
         ) from error
-    pool = WorkPool(batch, ledger, deployment, parameters)
+    pool = WorkPool(batch, ledger, deployment, parameters, begin_seconds)
     try:
         yield pool
     except BaseException:
@@ -219,7 +221,7 @@ def _is_over(run: FlowRun) -> bool:
     return run.state is not None and run.state.is_final()
 
 
-def _never_begins(run: FlowRun) -> bool:
+def _never_begins(run: FlowRun, begin_seconds: float) -> bool:
     """Was the run taken by a worker that is gone by now, and did it not come as far as our code?"""
     if not _is_beginning(run):
         return False
@@ -228,7 +230,7 @@ def _never_begins(run: FlowRun) -> bool:
     with suppress(ObjectNotFound), get_client(sync_client=True) as client:
         workers = client.read_workers_for_work_pool(str(pool)) if pool else []
         offline = name is not None and all(each.status is WorkerStatus.OFFLINE for each in workers if each.name == name)
-        overdue = _age(run) >= (NEVER_BEGAN if name is not None else NEVER_NAMED)
+        overdue = run.state is not None and age(run.state) >= (begin_seconds if name is not None else NEVER_NAMED_SECONDS)
         # It may have begun while this was found out.
         return (offline or overdue) and _is_beginning(client.read_flow_run(run.id))
     return False
@@ -237,10 +239,6 @@ def _never_begins(run: FlowRun) -> bool:
 def _is_beginning(run: FlowRun) -> bool:
     state = run.state
     return state is not None and (state.is_pending() or (state.is_running() and LABEL_HOST not in run.labels))
-
-
-def _age(run: FlowRun) -> timedelta:
-    return datetime.now(UTC) - run.state.timestamp if run.state else timedelta()
 
 
 def _reference(block: Any, parameter: str) -> dict[str, Any]:

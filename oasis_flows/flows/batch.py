@@ -161,7 +161,7 @@ def _run_shards(work: Batch, ledger: Ledger, workspace: Workspace, here: Setting
 
     whole = stage_whole(work, workspace.path / "whole") if work.options.oscar_compat else None
     shards = Shards(work, workspace, here, ledger, whole)
-    with in_process(shards, here) if fan_out == "in-process" else work_pool(work, ledger) as place:
+    with in_process(shards, here) if fan_out == "in-process" else work_pool(work, ledger, here.begin_seconds) as place:
         stopped_by = carry_out(schedule, place, tell)
     if stopped_by is not None:
         raise stopped_by

@@ -33,7 +33,7 @@ from .services import EngineService, Service
 
 INPUTS, RESULTS = "inputs", "results"
 IMAGE = "oasis-chaos/busybox:1"
-# Nobody waits the hour here that the shipped automation gives a run to begin.
+# Nobody waits the hour here that the shipped automation, and the reaper, give a run to begin.
 # On a machine that had nine times too much to do, a run took a minute from the hands of its worker to its first request.
 PENDING_SECONDS = 100
 
@@ -148,6 +148,7 @@ def _environment(folder: Path, engine: str, store: s3.S3Server) -> dict[str, str
         "OASIS_FLOWS_HOME": str(folder / "home"),
         "OASIS_FLOWS_STOP_GRACE": "1",
         "OASIS_FLOWS_RETRY_WINDOW": "6",
+        "OASIS_FLOWS_BEGIN_WITHIN": str(PENDING_SECONDS),
     }
 
 
