@@ -12,13 +12,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from typing import TYPE_CHECKING, Any
 
 from .errors import ChainBroken
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 PAYLOAD_TYPE = "application/vnd.oasis-flows.train-link+json"
 LINK_VERSION = 1
@@ -112,6 +111,8 @@ def digest_of(data: bytes) -> str:
 
 def public_key(private: Ed25519PrivateKey) -> str:
     """The public key that belongs to a private one, in base64."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
     return base64.b64encode(private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)).decode()
 
 
@@ -197,6 +198,9 @@ def own_keys(chain: Sequence[Envelope]) -> dict[str, tuple[str, ...]]:
 
 
 def _check_signature(envelope: Envelope, number: int) -> None:
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     try:
         key = Ed25519PublicKey.from_public_bytes(base64.b64decode(envelope.key, validate=True))
         key.verify(envelope.signature, _encoding(envelope.payload))

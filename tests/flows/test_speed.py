@@ -1,6 +1,7 @@
 """What is done otherwise than Prefect would, for speed, comes to the same: its heartbeat, and the saving of a document."""
 
 import json
+import subprocess
 import threading
 import time
 import uuid
@@ -25,7 +26,7 @@ from oasis_flows.machine import stand_in
 from oasis_flows.testing import FakeEngine
 from tests.servers.engine import eventually
 from tests.servers.faultproxy import between
-from tests.servers.prefect import ROOT, PrefectServer
+from tests.servers.prefect import BIN, ROOT, PrefectServer
 
 
 @pytest.fixture
@@ -262,3 +263,37 @@ def test_the_shipped_pool_starts_one_interpreter_the_workers_own():
     template = json.loads((ROOT / "deployments" / "work-pools" / "gpu-process.json").read_text())
 
     assert template["variables"]["properties"]["command"]["default"].endswith(" -m prefect.engine'")
+
+
+_LOADED = """
+import runpy, sys
+try:
+    runpy.run_module("prefect.engine", run_name="__main__")
+finally:
+    print(sorted({name.partition(".")[0] for name in sys.modules} & {"prefect_kubernetes", "kubernetes_asyncio", "cryptography"}))
+"""
+
+
+@pytest.mark.parametrize("by", ["name", "id"])
+def test_a_workers_run_loads_no_block_types_but_its_own(
+    deployed: PrefectServer, here: Path, tmp_path: Path, busybox: str, by: str
+):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "file").write_text("x")
+    Algorithm(docker_image=DockerImage(image_id=busybox), command="true").save("lean", overwrite=True)
+    Dataset(url=str(tmp_path / "in")).save("lean", overwrite=True)
+
+    def reference(slug: str) -> dict[str, object]:
+        document = deployed.api(f"/block_types/slug/{slug}/block_documents/name/lean")
+        return {"$ref": {"block_document_slug": f"{slug}/lean"} if by == "name" else {"block_document_id": document["id"]}}
+
+    deployment = deployed.api("/deployments/name/algorithm-task/algorithm-task")["id"]
+    given = {"algorithm": reference("algorithm"), "input_dataset": reference("dataset")}
+    run_id = deployed.api(f"/deployments/{deployment}/create_flow_run", {"parameters": given, "state": {"type": "PENDING"}})[
+        "id"
+    ]
+    env = deployed.env | {"PREFECT__FLOW_RUN_ID": run_id, "OASIS_FLOWS_HOME": str(here)}
+    done = subprocess.run([BIN / "python", "-c", _LOADED], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+    assert deployed.api(f"/flow_runs/{run_id}")["state_type"] == "COMPLETED"
