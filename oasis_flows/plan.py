@@ -33,6 +33,10 @@ from .workspace import Workspace
 
 # How people get into a container of each engine; its own shell fills in the name that it has there.
 _LOOK_INSIDE = {"docker": "docker exec -it $HOSTNAME sh", "kubernetes": "kubectl exec -it $HOSTNAME -- sh"}
+_HOW_TO_GET_A_GPU = {
+    "docker": "install NVIDIA's driver and the NVIDIA Container Toolkit here (nvidia-ctk runtime configure)",
+    "kubernetes": "install the device plugin of the nodes' GPUs",
+}
 # The folders of a batch's output in which its shards are published, and in which it is written down.
 SHARDS, HEAD = "shards", "batch"
 
@@ -131,8 +135,8 @@ def plan_run(
     _check_not_taken(document, f"{root}/{folder}/")
     if algorithm.gpu and open_engine(settings).describe().gpu is None:
         raise NoGpu(
-            f"The algorithm {name} needs a GPU and the engine of this machine has none to give. Run it on a work pool with GPUs; or install "
-            "NVIDIA's driver and the NVIDIA Container Toolkit here (nvidia-ctk runtime configure), or set gpu: false."
+            f"The algorithm {name} needs a GPU and the engine of this machine has none to give. Run it on a work pool with GPUs; or "
+            f"{_HOW_TO_GET_A_GPU.get(settings.engine, _HOW_TO_GET_A_GPU['docker'])}, or set gpu: false."
         )
     entrypoint, command = _argv(algorithm, values)
     environment = {name: commands.render_text(text, values) for name, text in algorithm.environment.items()}

@@ -201,6 +201,12 @@ def _meaning(exit: ContainerExit, symptom: Symptom | None) -> tuple[str, Blame |
         case Reason.KILLED:
             what = f"was killed by SIGKILL {seconds} (exit code {exit.exit_code})"
             advice = "Neither its memory limit nor its time limit did it, but itself or somebody on the machine; run it again."
+            if exit.memory_peak_bytes is None:
+                # A Kubernetes node that is busy may learn of the exit before it learns that the kernel did it for memory.
+                advice = (
+                    "It did so itself, or somebody on the machine, or its memory limit did and nobody saw it; run it again, and "
+                    "raise `memory` in the Algorithm document if that happens again."
+                )
             return code, Blame.PLATFORM, what, advice
         case Reason.COMMAND_NOT_FOUND:
             advice = "Correct `command` or `entrypoint` in the Algorithm document; a path must exist inside the image."

@@ -28,5 +28,6 @@ collect_ignore += (
         "contract/test_kubernetes_carried.py",
         "contract/test_kubernetes_cluster.py",
         "e2e/test_kubernetes.py",
+        "e2e/test_kubernetes_worker.py",
     ]
 )

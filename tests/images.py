@@ -8,16 +8,20 @@ import io
 import json
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 BUSYBOX = Path("/usr/bin/busybox")
 PASSWD = b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n"
@@ -32,10 +36,27 @@ def busybox_layer() -> bytes:
     return layer(files, {f"bin/{a}": "busybox" for a in applets if a != "busybox"})
 
 
-def layer(files: Mapping[str, tuple[int, bytes]], links: Mapping[str, str] | None = None) -> bytes:
-    """A layer with these files (mode and content) and symbolic links."""
+def layer(
+    files: Mapping[str, tuple[int, bytes]],
+    links: Mapping[str, str] | None = None,
+    folders: Mapping[str, int] | None = None,
+    copies: Mapping[str, Path] | None = None,
+) -> bytes:
+    """A layer with these files (mode and content), symbolic links, folders (mode), and copies of files with their times."""
     packed = io.BytesIO()
+
+    def of_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.uid = member.gid = 0
+        member.uname = member.gname = "root"
+        return member
+
     with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name, path in (copies or {}).items():
+            tar.add(path, name, recursive=False, filter=of_root)
+        for name, mode in (folders or {}).items():
+            member = tarfile.TarInfo(name)
+            member.type, member.mode = tarfile.DIRTYPE, mode
+            tar.addfile(member)
         for name, (mode, data) in files.items():
             member = tarfile.TarInfo(name)
             member.size, member.mode = len(data), mode
@@ -47,24 +68,79 @@ def layer(files: Mapping[str, tuple[int, bytes]], links: Mapping[str, str] | Non
     return packed.getvalue()
 
 
+ROOT = Path(__file__).parents[1]
+LOADED = "print(*{line.split()[-1] for line in open('/proc/self/maps') if '.so' in line or 'bin/' in line}, sep='\\n')"
+
+
 @cache
 def module_image(module: str) -> TinyImage:
     """An image with this Python, and with all that a module of this package imports; nothing else of either is in it."""
-    root = Path(__file__).parents[1]
     say = f"import runpy, site, sys, {module}; [print(each.__file__) for each in [*sys.modules.values()] if getattr(each, '__file__', None)]"
-    say += "; print(*{line.split()[-1] for line in open('/proc/self/maps') if '.so' in line or 'bin/' in line}, sep='\\n')"
-    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root)}
-    told = subprocess.run([sys.executable, "-S", "-c", say], env=env, check=True, capture_output=True, text=True).stdout
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-S", "-c", f"{say}; {LOADED}"]
+    told = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
     found = {Path(line).resolve() for line in told.splitlines()} | {Path(sys.executable).resolve()}
-    files = {str(path).lstrip("/"): (0o755 if path.stat().st_mode & 0o100 else 0o644, path.read_bytes()) for path in found}
-    (loader,) = (name for name in files if "/ld-linux" in name)
-    links = {"bin/python": str(Path(sys.executable).resolve()), f"lib64/{Path(loader).name}": f"/{loader}"}
-    # Libraries are asked for by other names than those of their files.
-    names = (name for path in found if ".so." in path.name for name in path.parent.glob(f"{path.name.partition('.so')[0]}.so*"))
-    links |= {str(name).lstrip("/"): name.resolve().name for name in names if name.is_symlink()}
-    libraries = {str(path.parent) for path in found if ".so" in path.name and "lib-dynload" not in str(path)}
-    variables = ["PATH=/bin", f"PYTHONPATH={root}", f"LD_LIBRARY_PATH={':'.join(sorted(libraries))}"]
-    return TinyImage(layers=(busybox_layer(), layer(files, links)), config={"Env": variables})
+    links = _library_names(found) | {"bin/python": str(Path(sys.executable).resolve())}
+    variables = ["PATH=/bin", f"PYTHONPATH={ROOT}", f"LD_LIBRARY_PATH={_libraries(found)}"]
+    copies = {str(path).lstrip("/"): path for path in found}
+    return TinyImage(layers=(busybox_layer(), layer({}, links, copies=copies)), config={"Env": variables})
+
+
+def _library_names(found: Iterable[Path]) -> dict[str, str]:
+    """Links by which libraries among these files are found: they are asked for by other names than those of their files."""
+    shared = {path for path in found if ".so." in path.name}
+    (loader,) = (path for path in shared if path.name.startswith("ld-linux"))
+    names = (name for path in shared for name in path.parent.glob(f"{path.name.partition('.so')[0]}.so*"))
+    links = {str(name).lstrip("/"): name.resolve().name for name in names if name.is_symlink()}
+    return links | {f"lib64/{loader.name}": str(loader)}
+
+
+def _libraries(found: Iterable[Path]) -> str:
+    return ":".join(sorted({str(path.parent) for path in found if ".so" in path.name and "lib-dynload" not in str(path)}))
+
+
+def flow_runner_image() -> TinyImage:
+    """What `deployments/images/flow-runner/Dockerfile` makes, of this environment's own Python and packages: it takes no network."""
+    venv, base = Path(sys.prefix).resolve(), Path(sys.executable).resolve()
+    say = f"import ctypes, lzma, prefect_kubernetes, oasis_flows.__main__, obstore, s3fs, sqlalchemy.ext.asyncio, ssl, sqlite3; {LOADED}"
+    told = subprocess.run([sys.executable, "-c", say], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    system = {path for line in told.splitlines() if not (path := Path(line).resolve()).is_relative_to(venv)}
+    standard = Path(sysconfig.get_path("stdlib"))
+    unused = {"site-packages", "test", "idlelib", f"config-{sys.version_info[0]}.{sys.version_info[1]}-x86_64-linux-gnu"}
+    ours = {path for path in standard.rglob("*") if not unused & set(path.relative_to(standard).parts)}
+    ours |= {
+        Path(str(file.locate())).resolve() for each in _closure("oasis-flows", {"kubernetes"}) for file in each.files or ()
+    }
+    ours |= system | {base, venv / "pyvenv.cfg"}
+    copies = {str(path).lstrip("/"): path for path in ours if path.is_file() and "__editable__" not in path.name}
+    site = Path(sysconfig.get_path("purelib")).resolve()
+    package = (path for path in (ROOT / "oasis_flows").rglob("*") if path.is_file())
+    copies |= {str(site / path.relative_to(ROOT)).lstrip("/"): path for path in package}
+    links = _library_names(system)
+    links |= {str(path).lstrip("/"): str(base) for path in (venv / "bin").glob("python*") if path.is_symlink()}
+    users = {"etc/passwd": (0o644, PASSWD + b"oasis:x:1000:1000::/tmp:/bin/sh\n")}
+    variables = [f"PATH={venv}/bin:/bin", "HOME=/tmp", "PYTHONUNBUFFERED=1", f"LD_LIBRARY_PATH={_libraries(system)}"]
+    config = {"Env": variables, "User": "1000:1000", "WorkingDir": "/tmp", "Cmd": ["oasis-flows", "doctor"]}
+    return TinyImage(layers=(busybox_layer(), layer(users, links, {"tmp": 0o1777}, copies)), config=config)
+
+
+def _closure(name: str, extras: set[str]) -> list[Distribution]:
+    """A distribution that is installed here, and all that it requires."""
+    found: dict[str, set[str]] = {}
+    wanted = [(name, extras)]
+    while wanted:
+        name, extras = wanted.pop()
+        known = found.setdefault(canonicalize_name(name), set())
+        if known and extras | {""} <= known:
+            continue
+        known |= extras | {""}
+        required = map(Requirement, distribution(name).requires or ())
+        wanted += [
+            (each.name, each.extras)
+            for each in required
+            if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in known)
+        ]
+    return [distribution(each) for each in found]
 
 
 @dataclass(frozen=True)

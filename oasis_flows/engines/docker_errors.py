@@ -41,7 +41,9 @@ HOW_TO_DELEGATE = (
     "Delegate=cpu cpuset io memory pids into /etc/systemd/system/user@.service.d/delegate.conf, and restart the machine."
 )
 
-_WRONG_PLATFORM = re.compile(r"no matching manifest for|does not match the (specified|host|detected) platform", re.IGNORECASE)
+_WRONG_PLATFORM = re.compile(
+    r"no matching manifest for|no match for platform|does not match the (specified|host|detected) platform", re.IGNORECASE
+)
 _DENIED = re.compile(
     r"pull access denied|no basic auth credentials|unauthorized|authentication required|denied: |incorrect username or password"
     r"|status(?: code)?:? 40[13]\b|403 forbidden",
@@ -107,7 +109,7 @@ def pull_error(reference: str, words: str, *, with_login: bool) -> OasisError:
         return ImageNotFound(f"There is no image {reference}, or it is private. {_advice(with_login)}{said}")
     if _DENIED.search(words):
         what = "these credentials" if with_login else "to hand it out without a login"
-        return ImageDenied(f"The registry of {reference} refuses {what}. {_login_advice(with_login)}{said}")
+        return ImageDenied(f"The registry of {reference} refuses {what}. {login_advice(with_login=with_login)}{said}")
     if _NOT_FOUND.search(words):
         return ImageNotFound(f"There is no image {reference}. {_advice(with_login)}{said}")
     if _DISK_FULL.search(words):
@@ -148,7 +150,8 @@ def _advice(with_login: bool) -> str:
     return local if with_login else f"{local} A private one needs registry_credentials."
 
 
-def _login_advice(with_login: bool) -> str:
+def login_advice(*, with_login: bool) -> str:
+    """What to do about a registry that refuses to hand out an image."""
     if with_login:
         return "Correct the user name, the password or the rights behind registry_credentials."
     return "Give registry_credentials in the DockerImage document."

@@ -20,6 +20,7 @@ from urllib.parse import urlencode, urljoin
 
 from ..errors import EngineError, ImageDenied, ImageNotFound, InvalidImageFile, OasisError, RegistryUnavailable
 from ..job import RegistryLogin
+from .docker_errors import login_advice
 from .docker_image import check_login
 from .image_archive import ImageArchive, layer_bodies, read_archive
 from .image_file import find_file, fingerprint, label_of, opened
@@ -289,11 +290,18 @@ class _Registry:
                 f"There is no image {what} in that version. Check its spelling; a private one needs registry_credentials.{said}"
             )
         if answer.status in (401, 403):
-            return ImageDenied(
-                f"The registry of {what} refuses {'these credentials' if self._login else 'to go on without a login'}.{said}"
-            )
+            asked = "these credentials" if self._login else "to go on without a login"
+            return ImageDenied(f"The registry of {what} refuses {asked}. {self._login_advice()}{said}")
         if answer.status in (429, 500, 502, 503, 504):
             return RegistryUnavailable(
                 f"The registry of {what} is busy or broken (HTTP {answer.status}). Try again later.{said}"
             )
-        return EngineError(f"The registry of {what} refused (HTTP {answer.status}).{said}")
+        return EngineError(f"The registry of {what} refused (HTTP {answer.status}). See the registry's own log.{said}")
+
+    def _login_advice(self) -> str:
+        if not self._push:
+            return login_advice(with_login=self._login is not None)
+        document = "the document that OASIS_FLOWS_KUBERNETES_REGISTRY_CREDENTIALS names"
+        if self._login:
+            return f"Correct the user name, the password or the rights in {document}."
+        return f"Write a login into {document}."

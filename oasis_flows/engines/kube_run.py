@@ -395,7 +395,7 @@ class Supervision:
             self._told = wait.words
             self._cluster.tell(f"The algorithm waits for its start: {wait.words}")
         if waited > pending:
-            raise NoRoom(
+            raise wait.at_last or NoRoom(
                 f"The cluster did not start the algorithm within {pending:g} s. Try again later, or raise OASIS_FLOWS_KUBERNETES_PENDING. "
                 f"It said: {wait.words}"
             )

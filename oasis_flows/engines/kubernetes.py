@@ -120,21 +120,25 @@ class KubernetesEngine:
             NoRoom: it found no place in time.
             EngineUnavailable, ContainerLost, Evicted, Preempted: the verdict is unknown.
         """
-        cluster = self._open()
-        with self._translated(f"to run {spec.job_name(job)}"), cluster.watch.following():
-            fresh = self._was_absent(job)
-            if not cluster.place.carrier:
-                return self._run(cluster, job, log, Watch(job), fresh=fresh)
-            carriage = Carriage(cluster, job)
-            try:
-                carriage.begin(fresh=fresh)
-                exit = self._run(carriage.cluster, carriage.job, log, carriage, fresh=fresh)
-                if exit.reason.keeps_output:
-                    carriage.at_end()
-                return exit
-            finally:
-                carriage.leaving = True
-                self._remove(cluster, job, carriage.row, GRACE_SECONDS)
+        with self._translated(f"to run {spec.job_name(job)}"):
+            cluster = self._open()
+            with cluster.watch.following():
+                fresh = self._was_absent(job)
+                if not cluster.place.carrier:
+                    return self._run(cluster, job, log, Watch(job), fresh=fresh)
+                return self._run_carried(cluster, job, log, fresh=fresh)
+
+    def _run_carried(self, cluster: kube_run.Cluster, job: ContainerJob, log: LogSink, *, fresh: bool) -> ContainerExit:
+        carriage = Carriage(cluster, job)
+        try:
+            carriage.begin(fresh=fresh)
+            exit = self._run(carriage.cluster, carriage.job, log, carriage, fresh=fresh)
+            if exit.reason.keeps_output:
+                carriage.at_end()
+            return exit
+        finally:
+            carriage.leaving = True
+            self._remove(cluster, job, carriage.row, GRACE_SECONDS)
 
     def _run(
         self, cluster: kube_run.Cluster, job: ContainerJob, log: LogSink, outlook: Outlook, *, fresh: bool

@@ -43,10 +43,14 @@ _OWN_EXCESS = re.compile(r"exceeds the (total )?limit|exceeded its local ephemer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
-    """Why a pod has not started. `error` is given where waiting is of no use; `for_room`: the scheduler found no node."""
+    """Why a pod has not started. `for_room`: the scheduler found no node.
+
+    `error` is given where waiting is of no use; `at_last` is what it is when nobody waits any longer, where that is no want of room.
+    """
 
     words: str
     error: OasisError | None = None
+    at_last: OasisError | None = None
     for_room: bool = False
 
 
@@ -200,6 +204,7 @@ def _held_up(image: str, waiting: Json, *, login: bool) -> Wait | None:
         return None
     said = f" The cluster said: {reason}: {words}"
     error: OasisError | None = None
+    at_last: OasisError | None = None
     if reason == "ErrImageNeverPull":
         error = ImageNotFound(
             f"There is no image {image} on the node, and it may not be pulled. Put it there, or into a registry.{said}"
@@ -208,17 +213,20 @@ def _held_up(image: str, waiting: Json, *, login: bool) -> Wait | None:
         error = ImageNotFound(f"{image!r} is not an image's name. Write it as registry/name:tag, in lower case.{said}")
     elif reason in ("ErrImagePull", "ImagePullBackOff", "RegistryUnavailable"):
         found = pull_error(image, words, with_login=login)
-        if re.search(r"code = NotFound|: not found$", words):
+        if type(found) is not UnsupportedByEngine and re.search(r"code = NotFound|: not found$", words):
             found = ImageNotFound(
                 f"There is no image {image}. Check its spelling; a private one needs registry_credentials.{said}"
             )
         # Only of what no further try changes is it worth to stop: everything else kubelet tries again by itself.
-        error = found if not isinstance(found, RegistryUnavailable) and type(found) is not EngineError else None
+        if isinstance(found, RegistryUnavailable) or type(found) is EngineError:
+            at_last = found
+        else:
+            error = found
     elif reason == "CreateContainerConfigError" and (
         _MISSING.search(words) or "runAsNonRoot" in words or "run as root" in words
     ):
         error = DescriptionError(f"The container cannot be made as described. Correct what is named.{said}")
-    return Wait(words=f"{reason}: {words}" if words else reason, error=error)
+    return Wait(words=f"{reason}: {words}" if words else reason, error=error, at_last=at_last)
 
 
 def container_exit(job: ContainerJob, seen: Seen) -> ContainerExit:

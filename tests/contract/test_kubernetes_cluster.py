@@ -415,3 +415,12 @@ class TestPlaces:
         with pytest.raises(EngineError, match="not on the claim"):
             another(cluster, home=tmp_path).run(wanted, log)
         assert log.pieces == []
+
+    def test_a_claim_of_many_nodes_binds_no_algorithm_to_that_of_its_flow(self, cluster: TestCluster, job: MakeJob) -> None:
+        """As from a flow run's pod, which says on which node it is."""
+        (node,) = cluster.engine.nodes()
+        ran = Ran(another(cluster, node=node.name), job("echo begun; sleep 3"))
+        ran.until_begun()
+        (row,) = cluster.objects("pods", ran.job.run_id)
+        assert ran.result().reason is Reason.OK
+        assert "affinity" not in row["spec"]

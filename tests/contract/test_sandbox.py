@@ -26,8 +26,9 @@ from typing import Any
 import pytest
 
 from oasis_flows import lease, store
-from oasis_flows.engines import Engine, docker_spec, pod
+from oasis_flows.engines import Engine, docker_spec, kube_run, pod
 from oasis_flows.engines.docker import DockerEngine
+from oasis_flows.engines.kubernetes import KubernetesEngine
 from oasis_flows.errors import UnsafeName
 from oasis_flows.job import ContainerExit, ContainerJob, ImageSource, Mount, Reason, Resources, Sandbox
 from oasis_flows.store import Location
@@ -35,6 +36,7 @@ from oasis_flows.workspace import Workspace, open_workspace
 from tests.contract.test_engine import Log
 from tests.images import BUSYBOX, TinyImage, busybox_layer, docker_archive, layer
 from tests.servers import cluster as clusters
+from tests.servers.engine import eventually
 
 MIB = 1 << 20
 SMALL = Resources(memory_bytes=64 * MIB, pids=64, cpus=0.5, output_bytes=8 * MIB, output_files=2000, log_bytes=8 * MIB)
@@ -337,20 +339,58 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", path], check=True)
 
 
+@dataclass(frozen=True)
+class Under:
+    """An engine under test: an image that it has, and how much longer than the machine's own it may take to run one, in seconds."""
+
+    name: str
+    engine: Engine
+    image: str
+    patience: float
+    cluster: clusters.TestCluster | None = None
+
+    @property
+    def of_memory(self) -> tuple[Reason, ...]:
+        """What a death by memory is called. A node that is busy learns of the exit first, one time in twenty or so."""
+        return (Reason.OUT_OF_MEMORY, Reason.KILLED) if self.cluster else (Reason.OUT_OF_MEMORY,)
+
+    def forget(self, docker_api: Any, image: str) -> None:
+        """Remove an image that a test made, where it stays."""
+        if self.cluster is None:
+            docker_api.remove_image(image, force=True)
+
+
+@pytest.fixture(params=["docker", *clusters.HERE])
+def under(request: pytest.FixtureRequest, docker_engine: DockerEngine, busybox: str, tmp_path: Path) -> Iterator[Under]:
+    """The machine's engine, and a cluster where there is one; also one that files are carried to, where a test asks for it."""
+    if request.param == "docker":
+        yield Under("docker", docker_engine, busybox, 0.0)
+        return
+    cluster: clusters.TestCluster = request.getfixturevalue("cluster")
+    engine = clusters.carrying(cluster, tmp_path) if request.param == "carried" else cluster.engine
+    yield Under(request.param, engine, cluster.image, 30.0, cluster)
+    eventually(lambda: cluster.left() == [], 60)
+
+
 @pytest.fixture
-def hostile(
-    docker_engine: DockerEngine, make_job: Callable[..., ContainerJob], disk: Path
-) -> Callable[..., tuple[ContainerExit, Log, float]]:
-    """Runs a script whose output is on the small disk; also says how many seconds it took."""
+def hostile(under: Under, make_job: Callable[..., ContainerJob], disk: Path) -> Callable[..., tuple[ContainerExit, Log, float]]:
+    """Runs a script whose output is on the small disk; also says how many seconds it took, beyond what its engine may take longer."""
 
     def run(script: str, **changes: Any) -> tuple[ContainerExit, Log, float]:
         log, began = Log(), time.monotonic()
         mounts = (Mount(source=disk, target="/work/output", read_only=False),)
-        given = {"mounts": mounts, "resources": SMALL, "timeout_seconds": 30, "user": "1234:5678", **changes}
-        ended = docker_engine.run(make_job("sh", "-c", script, **given), log)
-        return ended, log, time.monotonic() - began
+        given = {"image": under.image, "mounts": mounts, "resources": SMALL, "timeout_seconds": 30, "user": "1234:5678"}
+        ended = under.engine.run(make_job("sh", "-c", script, **{**given, **changes}), log)
+        return ended, log, time.monotonic() - began - under.patience
 
     return run
+
+
+def most_processes(cluster: clusters.TestCluster) -> int:
+    """How many processes the cluster's node lets a pod have; -1: any number."""
+    (node,) = cluster.api.call("GET", "/api/v1/nodes")["items"]
+    told = cluster.api.call("GET", f"/api/v1/nodes/{node['metadata']['name']}/proxy/configz")
+    return int(told["kubeletconfig"]["podPidsLimit"])
 
 
 Hostile = Callable[..., tuple[ContainerExit, Log, float]]
@@ -359,19 +399,21 @@ AS_MUCH_AS_IT_LIKES = Resources(memory_bytes=64 * MIB, pids=64, cpus=0.5)
 
 
 class TestBombs:
-    def test_fork_bomb(self, hostile: Hostile) -> None:
+    def test_fork_bomb(self, under: Under, hostile: Hostile) -> None:
+        if under.cluster:
+            assert 0 < most_processes(under.cluster) <= 1024, "set podPidsLimit in the configuration of the node's kubelet"
         script = "bomb() { bomb | bomb & }; bomb; sleep 1; ls /proc | grep -c '^[0-9]'; echo survived"
         ended, log, _ = hostile(script, timeout_seconds=5)
         assert ended.reason in (Reason.EXIT_NONZERO, Reason.TIMED_OUT, Reason.OK)
-        assert b"fork" in log.text("stderr")
-        assert ended.in_force["pids"] == 64
+        assert b"fork" in b"".join(data for _, data in log.pieces)
+        assert ended.in_force["pids"] == (None if under.cluster else 64)
 
     @pytest.mark.parametrize("where", ["its memory", "/tmp", "/dev/shm"])
-    def test_memory_bomb(self, hostile: Hostile, where: str) -> None:
+    def test_memory_bomb(self, under: Under, hostile: Hostile, where: str) -> None:
         script = "tail /dev/zero" if where == "its memory" else f"cat /dev/zero > {where}/x"
         changes: dict[str, Any] = {"resources": Resources(memory_bytes=64 * MIB, pids=64, shm_bytes=256 * MIB)}
         ended, _, _ = hostile(script, **changes)
-        assert ended.reason is Reason.OUT_OF_MEMORY
+        assert ended.reason in under.of_memory
 
     @pytest.mark.parametrize(
         "script",
@@ -427,53 +469,70 @@ class TestBombs:
         assert (ended.reason, ended.limit_passed) == (Reason.TOO_MANY_FILES, 2000)
         assert seconds < 20
 
-    def test_log_flood(self, hostile: Hostile) -> None:
-        ended, log, seconds = hostile("yes out & yes err >&2", resources=SMALL)
+    def test_log_flood(self, under: Under, hostile: Hostile) -> None:
+        # Lines of 64 bytes: of each a cluster's node writes a time beside it.
+        out, err = b"out" * 21 + b"\n", b"err" * 21 + b"\n"
+        script = f"yes {out[:-1].decode()} & yes {err[:-1].decode()} >&2"
+        ended, log, seconds = hostile(script, resources=SMALL)
         assert ended.reason is Reason.LOG_TOO_LARGE
         assert sum(len(data) for _, data in log.pieces) == 8 * MIB
-        assert log.text("stdout") == (b"out\n" * (3 * MIB))[: len(log.text("stdout"))]
+        if under.cluster:
+            assert set(log.text("stdout").splitlines(keepends=True)) <= {out, err}
+        else:
+            assert log.text("stdout") == (out * (MIB // 8))[: len(log.text("stdout"))]
         assert seconds < 15
 
     def test_a_volume_of_the_image_is_no_way_to_the_engines_disk(
-        self, docker_engine: DockerEngine, docker_api: Any, make_job: Callable[..., ContainerJob], tmp_path: Path
+        self, under: Under, docker_api: Any, make_job: Callable[..., ContainerJob], tmp_path: Path
     ) -> None:
         image = TinyImage(
             layers=(busybox_layer(), layer({"data/own": (0o644, b"the image's")})),
             config={"Env": ["PATH=/bin"], "Volumes": {"/data/": {}, "/work/output": {}, "/tmp": {}}},
         )
-        reference = docker_engine.prepare(ImageSource(image_file=str(docker_archive(tmp_path / "i.tar", image))))
+        reference = under.engine.prepare(ImageSource(image_file=str(docker_archive(tmp_path / "i.tar", image))))
         try:
             log, script = Log(), "grep -E ' /(data|tmp) ' /proc/mounts | cut -d' ' -f3; cat /dev/zero > /data/x"
-            ended = docker_engine.run(make_job("sh", "-c", script, image=reference, resources=SMALL), log)
+            ended = under.engine.run(make_job("sh", "-c", script, image=reference, resources=SMALL), log)
         finally:
-            docker_api.remove_image(reference, force=True)
+            under.forget(docker_api, reference)
         assert log.text("stdout").split() == [b"tmpfs", b"tmpfs"]
-        assert ended.reason is Reason.OUT_OF_MEMORY
-        assert ended.in_force["volumes"] == []
+        assert ended.reason in under.of_memory
+        assert ended.in_force.get("volumes", []) == []
 
 
 class TestTakenUpAgain:
     def test_a_container_that_is_taken_up_again_is_held_to_its_limits(
-        self, docker_engine: DockerEngine, make_job: Callable[..., ContainerJob], docker_api: Any, disk: Path
+        self, under: Under, make_job: Callable[..., ContainerJob], docker_api: Any, disk: Path
     ) -> None:
         script = "echo begun; while [ ! -e output/go ]; do sleep 0.1; done; truncate -s 1099511627776 output/hole; sleep 20"
         given = {
             "mounts": (Mount(source=disk, target="/work/output", read_only=False),),
             "resources": SMALL,
             "run_id": f"test-{uuid.uuid4().hex}",
+            "image": under.image,
         }
         job = make_job("sh", "-c", script, **given)
-        container = docker_api.create_container_from_config(
-            docker_spec.create_body(job, docker_api.info(), {}), docker_spec.container_name(job)
-        )["Id"]
-        docker_api.start(container)
-        assert docker_engine.find(job)
+        left = self.start(under, docker_api, job)
+        assert under.engine.find(job)
         (disk / "go").touch()
         log = Log()
-        ended = docker_engine.run(make_job("sh", "-c", script, **given), log)
-        assert ended.in_force["container"] == container
+        ended = under.engine.run(make_job("sh", "-c", script, **given), log)
+        assert left in (ended.in_force["container"], ended.in_force.get("pod"))
         assert ended.reason is Reason.OUTPUT_TOO_LARGE
         assert log.text("stdout") == b"begun\n"
+
+    def start(self, under: Under, docker_api: Any, job: ContainerJob) -> str:
+        """Leave the job's container as a process does that is killed; return its name."""
+        if under.cluster is None:
+            body = docker_spec.create_body(job, docker_api.info(), {})
+            container = str(docker_api.create_container_from_config(body, docker_spec.container_name(job))["Id"])
+            docker_api.start(container)
+            return container
+        assert isinstance(under.engine, KubernetesEngine)
+        kube_run.create_job(under.engine._open(), job, pod.Pulled())
+        found = under.cluster.objects
+        eventually(lambda: found("pods", job.run_id), 30)
+        return f"{under.cluster.namespace}/{found('pods', job.run_id)[0]['metadata']['name']}"
 
 
 @pytest.fixture
@@ -506,19 +565,17 @@ def octal(name: bytes) -> str:
     return "'" + "".join(f"\\{byte:03o}" for byte in name) + "'"
 
 
+@pytest.mark.parametrize("under", ["docker", *clusters.HERE, *clusters.CARRIED], indirect=True)
 class TestOutput:
     @pytest.fixture
-    def wrote(
-        self, docker_engine: DockerEngine, make_job: Callable[..., ContainerJob], space: Workspace
-    ) -> Callable[[str], Log]:
+    def wrote(self, under: Under, make_job: Callable[..., ContainerJob], space: Workspace) -> Callable[[str], Log]:
         """Runs a script, as root, whose output is the workspace's."""
 
         def run(script: str) -> Log:
             log = Log()
             mounts = (Mount(source=space.output, target="/work/output", read_only=False),)
-            ended = docker_engine.run(
-                make_job("sh", "-c", script, mounts=mounts, user="0:0", resources=SMALL, working_dir="/work/output"), log
-            )
+            given = {"image": under.image, "mounts": mounts, "user": "0:0", "resources": SMALL, "working_dir": "/work/output"}
+            ended = under.engine.run(make_job("sh", "-c", script, **given), log)
             assert ended.reason is Reason.OK, (ended, log.pieces)
             return log
 
@@ -593,6 +650,8 @@ class TestOutput:
         assert space.remove()
         assert not space.path.exists()
 
+
+class TestWorkspace:
     def test_a_workspace_of_very_many_files_is_deleted(self, space: Workspace) -> None:
         for folder in range(20):
             (space.output / str(folder)).mkdir()

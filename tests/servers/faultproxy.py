@@ -30,15 +30,15 @@ class Faults:
 
 
 class FaultProxy:
-    """Listens on `port` of 127.0.0.1; each connection suffers the faults that were set when it was accepted."""
+    """Listens on `port` of an address; each connection suffers the faults that were set when it was accepted."""
 
-    def __init__(self, target_port: int) -> None:
+    def __init__(self, target_port: int, address: str = "127.0.0.1") -> None:
         self._target = target_port
         self._faults, self._left = Faults(), 0
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self.accepted = self.faulted = 0
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self._listener = socket.create_server((address, 0), backlog=256)
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -137,9 +137,9 @@ def _reset(each: socket.socket) -> None:
 
 
 @contextmanager
-def between(target_port: int) -> Iterator[FaultProxy]:
-    """A proxy in front of a local port, for the time of the block."""
-    proxy = FaultProxy(target_port)
+def between(target_port: int, address: str = "127.0.0.1") -> Iterator[FaultProxy]:
+    """A proxy in front of a port of loopback, for the time of the block, which listens on another address of this machine."""
+    proxy = FaultProxy(target_port, address)
     try:
         yield proxy
     finally:

@@ -187,6 +187,23 @@ def deployed(prefect_server: PrefectServer) -> PrefectServer:
     return prefect_server
 
 
+def deploy_to(server: PrefectServer, pool: str, **job_variables: Any) -> str:
+    """Make one more deployment of `algorithm_task`, of the pool's name and for it; return its id."""
+    shipped = server.api("/deployments/name/algorithm-task/algorithm-task")
+    same = {key: shipped[key] for key in ("flow_id", "entrypoint", "path", "pull_steps", "parameter_openapi_schema")}
+    wanted = {"name": pool, "work_pool_name": pool, "job_variables": job_variables, **same}
+    return str(server.api("/deployments/", wanted)["id"])
+
+
+def begin(server: PrefectServer, algorithm: str, dataset: str, deployment: str = "", **job_variables: Any) -> str:
+    """Have a deployment of `algorithm_task` run, the shipped one where none is named; return the run's id."""
+    given = {"algorithm": f"algorithm/{algorithm}", "input_dataset": f"dataset/{dataset}"}
+    parameters = {name: {"$ref": {"block_document_slug": slug}} for name, slug in given.items()}
+    deployment = deployment or server.api("/deployments/name/algorithm-task/algorithm-task")["id"]
+    wanted = {"parameters": parameters, "job_variables": job_variables}
+    return str(server.api(f"/deployments/{deployment}/create_flow_run", wanted)["id"])
+
+
 @contextlib.contextmanager
 def worker_process(
     server: PrefectServer, log: Path, *, pool: str = "gpu-process", **changes: str

@@ -32,6 +32,7 @@ from oasis_flows.errors import (
     NoRoom,
     OasisError,
     Preempted,
+    RegistryUnavailable,
     UnsupportedByEngine,
 )
 from oasis_flows.job import ContainerJob, Mount, Reason, RegistryLogin, Resources, Sandbox, StorageMount, Wrapper
@@ -473,6 +474,8 @@ def test_what_waits_says_why_and_what_waits_in_vain_fails(name):
     else:
         assert wait.error is None
         assert WAITING[name] in wait.words
+        # Nobody waits for a registry for ever, and then it was no want of room.
+        assert type(wait.at_last) is (RegistryUnavailable if "image" in name else type(None))
 
 
 def test_our_own_ends_have_our_own_reasons():

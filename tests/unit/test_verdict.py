@@ -228,6 +228,13 @@ def test_memory_names_limit_and_peak() -> None:
     assert (found.limit_bytes, found.peak_bytes) == (GIB, GIB)
 
 
+def test_who_knows_no_peak_does_not_rule_memory_out() -> None:
+    """Seen on a cluster under load: the kernel killed it for memory, and its node said no more than 137."""
+    unknown, known = (verdict(ended(Reason.KILLED, 137, memory_peak_bytes=peak)) for peak in (None, 1 << 20))
+    assert "raise `memory`" in unknown.advice
+    assert "Neither its memory limit" in known.advice
+
+
 @pytest.mark.parametrize(
     ("reason", "limit", "said"),
     [

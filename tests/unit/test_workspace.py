@@ -194,7 +194,7 @@ def test_looking_for_dead_runs_never_fails_a_living_one(monkeypatch, caplog):
     def broken(_):
         raise PermissionError(13, "Permission denied", "/elsewhere")
 
-    monkeypatch.setattr(lifecycle, "reap", broken)
+    monkeypatch.setattr(lifecycle, "sweep", broken)
     monkeypatch.setattr(lifecycle, "get_run_logger", lambda: logging.getLogger("test"))
     lifecycle._sweep(None)
 
