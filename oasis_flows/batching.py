@@ -204,7 +204,7 @@ def open_batch(plan: Plan, options: Options, folder: Path, *, image: str, at_onc
     asked = _asked(plan, options, image, listing)
     head = notes.read("head.json")
     if head is None:
-        store.check_writable(plan.root)
+        store.check_writable(plan.root, plan.output)
         store.begin(plan.output)
         layout, bytes = cut(listing, options, at_once)
         store.save_listing(folder, plan.output.child(HEAD))

@@ -83,7 +83,7 @@ def stage_input(plan: Plan, workspace: Workspace, *, go_on: Callable[[], None] =
         return Path(done["folder"]), Summary(**done["summary"])
     started = time.monotonic()
     if plan.part is None:
-        store.check_writable(plan.root)
+        store.check_writable(plan.root, plan.output)
         folder, summary = store.stage(plan.source, workspace.path, progress=_progress("Staged", MARKER_STAGED))
     else:
         shard = plan.part.shard

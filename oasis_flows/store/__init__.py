@@ -9,7 +9,6 @@ once when an exception reaches the calling thread, and none of its threads is al
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 
 from .dataset import DATA, LOG, MANIFEST, RECORD, Published, published, read_manifest, read_record, scan
@@ -19,7 +18,7 @@ from .merging import begin, commit, merge
 from .notes import Notes
 from .publishing import publish
 from .staging import fetch_to, stage, stage_files
-from .transfer import Location, Progress, files
+from .transfer import TRIED, Location, Progress, files
 
 __all__ = [
     "DATA",
@@ -52,26 +51,29 @@ __all__ = [
 ]
 
 
-def check_writable(location: Location) -> None:
+def check_writable(location: Location, output: Location | None = None) -> None:
     """Return if files can be written and deleted there: it is tried. Folders that are missing on the way are made.
+
+    With `output`, a place below, the file that is tried is put there: whoever is killed meanwhile leaves it, and `abandon` takes it.
 
     Raises:
         StoreDenied: wrong credentials, a read-only store, or no right to write.
         DatasetError: the bucket does not exist.
         StoreFull, StoreUnavailable: it has no room, or does not answer.
     """
-    store, name = files(location), f".oasis-flows-write-test-{secrets.token_hex(8)}"
+    store = files(location)
     if isinstance(store, Folder):
         store.check_writable()
         return
-    store.write(name, [b"May this be written?\n"], 21)
-    store.delete([name])
+    store = files(output or location)
+    store.write(TRIED, [b"May this be written?\n"], 21)
+    store.delete([TRIED])
 
 
 def abandon(location: Location) -> None:
     """Abort the uploads there that a `publish` whose process died was at: nobody sees them, and they take room.
 
-    It is tried for a second. The next `publish` to the same place does it, too.
+    A file that `check_writable` tried goes, too. It is tried for a second. The next `publish` to the same place does it, too.
 
     Raises:
         StoreDenied, StoreUnavailable: the store does not let us, or does not answer.

@@ -28,7 +28,7 @@ from obstore.store import S3Store
 
 from ..errors import DatasetError, StoreDenied, StoreUnavailable
 from ..manifest import Entry
-from .transfer import CHUNK_BYTES, Location, checkpoint, pause, soon, translated, turn, wait
+from .transfer import CHUNK_BYTES, TRIED, Location, checkpoint, pause, soon, translated, turn, wait
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Credential
@@ -167,7 +167,10 @@ class Objects:
                     )
 
     def abandon(self, *, hurry: bool = False) -> None:
-        """See `Files.abandon`: uploads in parts that were broken off take room until somebody aborts them."""
+        """See `Files.abandon`: uploads in parts that were broken off take room until somebody aborts them.
+
+        What lies where it was tried to write is as old as a killed process: a `publish` has seen its own go.
+        """
         ends = time.monotonic() + HASTE.seconds if hurry else math.inf
         with translated(self._url, writing=True):
             client = _client(self._location, HASTE) if hurry else self._client
@@ -176,6 +179,8 @@ class Objects:
             for upload in [upload for page in pages for upload in page.get("Uploads", ())]:
                 if time.monotonic() < ends:
                     client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            if hurry:
+                client.delete_object(Bucket=self._bucket, Key=self._prefix + TRIED)
 
 
 def _translated_each(pages: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:

@@ -32,6 +32,8 @@ R = TypeVar("R")
 WORKERS = 16
 WINDOW = 64
 CHUNK_BYTES = 1 << 20
+# What is written to see that a place can be written.
+TRIED = ".oasis-flows-write-test"
 
 
 class Progress(Protocol):

@@ -34,7 +34,7 @@ from oasis_flows.errors import (
 )
 from oasis_flows.manifest import Entry, Summary, parse
 from oasis_flows.store import Location, objects, publishing
-from oasis_flows.store.transfer import files
+from oasis_flows.store.transfer import TRIED, files
 from oasis_flows.store.verdicts import Missing
 from tests.servers.faultproxy import FaultProxy, Faults, between
 from tests.servers.s3 import S3Server
@@ -255,6 +255,25 @@ def test_a_file_in_the_place_of_a_folder_is_said_so(place: Location) -> None:
 def test_a_place_that_can_be_written_is_left_as_it_was(place: Location) -> None:
     put_raw(place, {"a": b"1"})
     store.check_writable(place)
+    assert [entry.path for entry in store.scan(place)] == ["a"]
+
+
+@pytest.mark.parametrize("place", ["memory", "s3"], indirect=True)
+def test_what_a_process_leaves_that_is_killed_while_it_tries_is_where_the_reaper_takes_it(
+    place: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    output = place.child("of a run")
+    with monkeypatch.context() as patched:
+        patched.setattr(type(files(place)), "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.check_writable(place, output)
+
+    assert [entry.path for entry in store.scan(place)] == [f"of a run/{TRIED}"]
+    put_raw(place, {"a": b"1"})
+    store.abandon(output)
     assert [entry.path for entry in store.scan(place)] == ["a"]
 
 
