@@ -157,7 +157,7 @@ def _resolved_reference(hint: Any, value: Any) -> Any:
     reference = value.get("$ref") if isinstance(value, dict) else None
     if len(types) != 1 or not isinstance(reference, dict):
         return value
-    with suppress(ValueError):
+    with suppress(ValueError, RuntimeError):
         slug, _, name = str(reference.get("block_document_slug") or "").partition("/")
         if id := reference.get("block_document_id"):
             name = name_of(types[0], UUID(str(id))) or ""

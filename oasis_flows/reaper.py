@@ -21,14 +21,13 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
     FlowRunFilter,
     FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
+    FlowRunFilterTags,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Cancelled, Crashed
@@ -49,9 +48,11 @@ LABEL_HOST, LABEL_OUTPUT, LABEL_STORE = "oasis.host", "oasis.output", "oasis.sto
 # Begins the tag of a run that is a shard of a batch, whose id follows.
 SHARD_TAG = "batch:"
 PROCESS_GONE = "The process that ran it is gone: it was killed, or its worker was stopped. What it left is removed."
-# The flows of this package.
-FLOWS = ("algorithm-task", "batch", "reap", "train", "train-route", "train-station")
-NEVER_BEGAN = "A worker took it and it never began: its worker died, or still waits for its infrastructure."
+# All deployments of `prefect.yaml` have it, and so have their runs.
+TAG = "oasis-flows"
+NEVER_BEGAN = "A worker took it and it never began: its worker died."
+NEVER_CANCELLED = "It was to be cancelled, and nobody was there to do it."
+LABEL_WORKER, LABEL_POOL = "prefect.worker.name", "prefect.work-pool.name"
 # A run whose last step has failed holds its lease no longer, and Prefect may learn of that late.
 SILENCE_SECONDS = 30.0
 PATIENCE_SECONDS = 600.0
@@ -73,17 +74,18 @@ class Reaped:
 
 
 def reap(settings: Settings, *, now: bool = False) -> Reaped:
-    """`sweep`, and tell Prefect the end of runs, of whatever machine, that a worker took and that never began.
+    """`sweep`, and tell Prefect the end of runs, of whatever machine, that nobody works on.
 
-    They have the setting `OASIS_FLOWS_BEGIN_WITHIN` for it. An automation does the same; but a server that is killed before it has acted
-    on an event does not know of it afterwards.
+    These are runs of deployments with the tag `oasis-flows` that for the setting `OASIS_FLOWS_BEGIN_WITHIN` have been cancelled and did not end,
+    or were taken by a worker and did not begin: one that starts processes, for these do not wait, or one that is gone. An
+    automation does much the same; but a server that is killed before it has acted on an event does not know of it afterwards.
 
     Raises:
         EngineUnavailable: as `sweep` does. Prefect was told all the same.
     """
     ended = tuple[str, ...]()
-    with _noted("Prefect could not be told which runs never began"):
-        ended = _end_those_that_never_began(settings.begin_seconds)
+    with _noted("Prefect could not be told which runs nobody works on"):
+        ended = _end_forgotten(settings.begin_seconds)
     swept = sweep(settings, now=now)
     return replace(swept, runs=swept.runs + ended)
 
@@ -197,45 +199,55 @@ def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> bool:
     return True
 
 
-def _end_those_that_never_began(begin_seconds: float) -> tuple[str, ...]:
+def _end_forgotten(begin_seconds: float) -> tuple[str, ...]:
     waiting = FlowRunFilter(
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.CANCELLING]))
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.CANCELLING])),
+        tags=FlowRunFilterTags(all_=[TAG]),
     )
     ended = []
     with get_client(sync_client=True) as client:
-        found = client.read_flow_runs(
-            flow_filter=FlowFilter(name=FlowFilterName(any_=list(FLOWS))),
-            flow_run_filter=waiting,
-            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
-        )
-        for run in found:
-            with _noted("Prefect could not be told that run %s never began", run.id):
-                # It may have begun while the others were seen to.
-                if _never_began(run, begin_seconds) and _never_began(client.read_flow_run(run.id), begin_seconds):
-                    _tell_never_began(client, run)
-                    ended.append(str(run.id))
+        for found in client.read_flow_runs(flow_run_filter=waiting, sort=FlowRunSort.EXPECTED_START_TIME_ASC):
+            with _noted("Prefect could not be told the end of run %s", found.id):
+                if _is_forgotten(client, found, begin_seconds) and _end(client, client.read_flow_run(found.id), begin_seconds):
+                    ended.append(str(found.id))
     return tuple(ended)
 
 
-def _never_began(run: FlowRun, begin_seconds: float) -> bool:
-    state = run.state
-    if state is None or age(state) < begin_seconds:
+def _is_forgotten(client: SyncPrefectClient, run: FlowRun, begin_seconds: float) -> bool:
+    if run.deployment_id is None or run.state is None or age(run.state) < begin_seconds:
         return False
-    return state.is_pending() or (state.is_cancelling() and LABEL_HOST not in run.labels)
+    if run.state.is_cancelling() or worker_is_gone(client, run):
+        return True
+    return run.work_pool_name is not None and client.read_work_pool(run.work_pool_name).type == "process"
+
+
+def _end(client: SyncPrefectClient, run: FlowRun, begin_seconds: float) -> bool:
+    """End a run that is as it was when it was found: it may have begun while others were seen to."""
+    if run.state is None or age(run.state) < begin_seconds or not (run.state.is_pending() or run.state.is_cancelling()):
+        return False
+    verdict = judge(ProcessGone(NEVER_BEGAN + _again(run)))
+    crashed = not run.state.is_cancelling()
+    state: State[Any] = (
+        Crashed(message=f"{verdict.sentence} {verdict.advice}") if crashed else Cancelled(message=NEVER_CANCELLED)
+    )
+    if client.set_flow_run_state(run.id, state).status is not SetStateStatus.ACCEPT:
+        return False
+    if crashed:
+        with _noted("The failure of run %s could not be told", run.id):
+            tell_failure(client, run.id, run.name, verdict)
+    return True
+
+
+def worker_is_gone(client: SyncPrefectClient, run: FlowRun) -> bool:
+    """Has the server missed the signs of life of the worker that took the run?"""
+    name, pool = run.labels.get(LABEL_WORKER), run.labels.get(LABEL_POOL)
+    workers = client.read_workers_for_work_pool(str(pool)) if pool else []
+    return name is not None and all(each.status is WorkerStatus.OFFLINE for each in workers if each.name == name)
 
 
 def age(state: State[Any]) -> float:
     """How many seconds ago it was reached."""
     return (datetime.now(UTC) - state.timestamp).total_seconds()
-
-
-def _tell_never_began(client: SyncPrefectClient, run: FlowRun) -> None:
-    if run.state is not None and run.state.is_cancelling():
-        client.set_flow_run_state(run.id, Cancelled(message=NEVER_BEGAN))
-        return
-    verdict = judge(ProcessGone(NEVER_BEGAN + _again(run)))
-    client.set_flow_run_state(run.id, Crashed(message=f"{verdict.sentence} {verdict.advice}"))
-    tell_failure(client, run.id, run.name, verdict)
 
 
 def may_return(run: FlowRun) -> bool:

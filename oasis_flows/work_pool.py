@@ -21,7 +21,7 @@ from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import FlowRun, WorkerStatus
+from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.states import Cancelling
@@ -35,7 +35,7 @@ from .job import Reason
 from .ledger import Ledger, Row
 from .manifest import Summary
 from .plan import ShardOf
-from .reaper import LABEL_HOST, SHARD_TAG, age
+from .reaper import LABEL_HOST, LABEL_WORKER, SHARD_TAG, age, worker_is_gone
 from .schedule import Attempt, Ending
 from .shards import Outcome, ending_of, ending_of_reason
 
@@ -47,7 +47,6 @@ POLL_SECONDS = 1.0
 # never does; then it is the time that the reaper allows, too. It writes its name on a run right after it has taken it.
 LOOK_SECONDS, NEVER_NAMED_SECONDS = 15.0, 120.0
 _PAGE = 200
-_WORKER, _POOL = "prefect.worker.name", "prefect.work-pool.name"
 
 
 @dataclass(slots=True)
@@ -225,14 +224,12 @@ def _never_begins(run: FlowRun, begin_seconds: float) -> bool:
     """Was the run taken by a worker that is gone by now, and did it not come as far as our code?"""
     if not _is_beginning(run):
         return False
-    name, pool = run.labels.get(_WORKER), run.labels.get(_POOL)
+    named = run.labels.get(LABEL_WORKER) is not None
     # Somebody may delete the run, or the pool; then the next look tells.
     with suppress(ObjectNotFound), get_client(sync_client=True) as client:
-        workers = client.read_workers_for_work_pool(str(pool)) if pool else []
-        offline = name is not None and all(each.status is WorkerStatus.OFFLINE for each in workers if each.name == name)
-        overdue = run.state is not None and age(run.state) >= (begin_seconds if name is not None else NEVER_NAMED_SECONDS)
+        overdue = run.state is not None and age(run.state) >= (begin_seconds if named else NEVER_NAMED_SECONDS)
         # It may have begun while this was found out.
-        return (offline or overdue) and _is_beginning(client.read_flow_run(run.id))
+        return (overdue or worker_is_gone(client, run)) and _is_beginning(client.read_flow_run(run.id))
     return False
 
 

@@ -218,9 +218,9 @@ def _held_up(image: str, waiting: Json, *, login: bool) -> Wait | None:
                 f"There is no image {image}. Check its spelling; a private one needs registry_credentials.{said}"
             )
         # Only of what no further try changes is it worth to stop: everything else kubelet tries again by itself.
-        if isinstance(found, RegistryUnavailable) or type(found) is EngineError:
+        if isinstance(found, RegistryUnavailable):
             at_last = found
-        else:
+        elif type(found) is not EngineError:
             error = found
     elif reason == "CreateContainerConfigError" and (
         _MISSING.search(words) or "runAsNonRoot" in words or "run as root" in words

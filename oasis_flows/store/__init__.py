@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .anywhere import Anywhere
 from .dataset import DATA, LOG, MANIFEST, RECORD, Published, published, read_manifest, read_record, scan
 from .folder import Folder
 from .listing import Listing, changes, read_slice, save_listing, write_listing
@@ -54,7 +55,8 @@ __all__ = [
 def check_writable(location: Location, output: Location | None = None) -> None:
     """Return if files can be written and deleted there: it is tried. Folders that are missing on the way are made.
 
-    With `output`, a place below, the file that is tried is put there: whoever is killed meanwhile leaves it, and `abandon` takes it.
+    With `output`, a place below, an object store is tried there: whoever is killed meanwhile leaves an object, and `abandon`
+    takes it. Elsewhere the next try takes it, and a local folder is tried with a file that has no name.
 
     Raises:
         StoreDenied: wrong credentials, a read-only store, or no right to write.
@@ -65,15 +67,16 @@ def check_writable(location: Location, output: Location | None = None) -> None:
     if isinstance(store, Folder):
         store.check_writable()
         return
-    store = files(output or location)
+    if output is not None and not isinstance(store, Anywhere):
+        store = files(output)
     store.write(TRIED, [b"May this be written?\n"], 21)
     store.delete([TRIED])
 
 
 def abandon(location: Location) -> None:
-    """Abort the uploads there that a `publish` whose process died was at: nobody sees them, and they take room.
+    """Remove what a process that died left there that nobody sees as a dataset's: uploads of a `publish`, and what `check_writable` tried.
 
-    A file that `check_writable` tried goes, too. It is tried for a second. The next `publish` to the same place does it, too.
+    It is tried for a second. The next `publish` to the same place aborts the uploads, too, and the next `check_writable` takes the other.
 
     Raises:
         StoreDenied, StoreUnavailable: the store does not let us, or does not answer.

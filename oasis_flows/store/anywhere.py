@@ -8,7 +8,7 @@ import fsspec
 
 from ..errors import DatasetError
 from ..manifest import Entry, sort_key
-from .transfer import CHUNK_BYTES, TRIED, Location, checkpoint, translated
+from .transfer import CHUNK_BYTES, Location, checkpoint, translated
 
 
 class Anywhere:
@@ -80,6 +80,4 @@ class Anywhere:
                     self._system.rm_file(self._path(name))
 
     def abandon(self, *, hurry: bool = False) -> None:
-        """See `Files.abandon`: fsspec's drivers keep no account of uploads."""
-        if hurry:
-            self.delete([TRIED])
+        """See `Files.abandon`: fsspec's drivers keep no account of it."""

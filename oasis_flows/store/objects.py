@@ -174,13 +174,13 @@ class Objects:
         ends = time.monotonic() + HASTE.seconds if hurry else math.inf
         with translated(self._url, writing=True):
             client = _client(self._location, HASTE) if hurry else self._client
+            if hurry:
+                client.delete_object(Bucket=self._bucket, Key=self._prefix + TRIED)
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=self._prefix)
             pages = takewhile(lambda _: time.monotonic() < ends, pages)
             for upload in [upload for page in pages for upload in page.get("Uploads", ())]:
                 if time.monotonic() < ends:
                     client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-            if hurry:
-                client.delete_object(Bucket=self._bucket, Key=self._prefix + TRIED)
 
 
 def _translated_each(pages: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from prefect import tags
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.exceptions import TerminationSignal
 from prefect.flow_engine import run_flow
 from prefect.states import Scheduled
@@ -939,6 +940,20 @@ def test_a_reference_to_the_wrong_document_is_refused_with_a_word_on_what_it_mus
 
     assert done.run["state_type"] == "FAILED"
     assert advice in done.run["state"]["message"]
+    assert engine.jobs == []
+
+
+@pytest.mark.parametrize("by", ["block_document_slug", "block_document_id"])
+def test_a_document_that_was_spoilt_on_the_server_is_refused(ran, by):
+    id = Algorithm(docker_image=IMAGE).save("spoilt", overwrite=True)
+    with get_client(sync_client=True) as client:
+        client.update_block_document(id, BlockDocumentUpdate(data={"memory": "lots"}))
+    engine = FakeEngine()
+    done = ran(engine, {"$ref": {by: "algorithm/spoilt" if by == "block_document_slug" else str(id)}})
+
+    assert done.run["state_type"] == "FAILED"
+    assert isinstance(done.result, DescriptionError), done.result
+    assert "'spoilt'" in str(done.result)
     assert engine.jobs == []
 
 

@@ -1,19 +1,33 @@
-"""What `reap` tells Prefect of runs that a worker took and that never began."""
+"""What `reap` tells Prefect of runs that nobody works on."""
 
 import dataclasses
+import uuid
 
 import pytest
+from prefect.client.orchestration import get_client
 
 from oasis_flows import reaper, settings
 from oasis_flows.__main__ import main
-from oasis_flows.reaper import FLOWS, LABEL_HOST, reap, sweep
+from oasis_flows.reaper import LABEL_HOST, LABEL_POOL, LABEL_WORKER, reap, sweep
 from tests.servers.prefect import PrefectServer
 
+pytestmark = pytest.mark.usefixtures("here", "docker_api")
 
-def _waiting(server: PrefectServer, flow: str, state: str, labels: dict[str, str] | None = None) -> str:
-    flow_id = server.api("/flows/", {"name": flow})["id"]
-    given = {"flow_id": flow_id, "state": {"type": state}, "labels": labels or {}}
-    return str(server.api("/flow_runs/", given)["id"])
+
+def _waiting(
+    server: PrefectServer,
+    state: str,
+    labels: dict[str, str] | None = None,
+    *,
+    pool: str = "gpu-process",
+    tags: tuple[str, ...] = (reaper.TAG,),
+) -> str:
+    """A run of a deployment, in that state; its id."""
+    flow = server.api("/flows/", {"name": "algorithm-task"})["id"]
+    deployed = {"name": uuid.uuid4().hex, "flow_id": flow, "work_pool_name": pool, "tags": tags}
+    deployment = server.api("/deployments/", deployed)["id"]
+    given = {"state": {"type": state}, "labels": labels or {}}
+    return str(server.api(f"/deployments/{deployment}/create_flow_run", given)["id"])
 
 
 def _state(server: PrefectServer, run_id: str) -> str:
@@ -24,53 +38,62 @@ def _after(seconds: float) -> settings.Settings:
     return dataclasses.replace(settings.current(), begin_seconds=seconds)
 
 
-@pytest.mark.usefixtures("here", "docker_api")
-@pytest.mark.parametrize(
-    ("state", "labels", "then"),
-    [
-        ("PENDING", {}, "CRASHED"),
-        ("PENDING", {LABEL_HOST: "where an earlier attempt was"}, "CRASHED"),
-        ("CANCELLING", {}, "CANCELLED"),
-        # It came as far as our code, on another machine, whose own reaper sees to it.
-        ("CANCELLING", {LABEL_HOST: "elsewhere"}, "CANCELLING"),
-        ("RUNNING", {}, "RUNNING"),
-        ("SCHEDULED", {}, "SCHEDULED"),
-    ],
-)
-def test_a_run_that_a_worker_took_and_that_never_began_is_ended(prefect_server, state, labels, then):
-    run_id = _waiting(prefect_server, "algorithm-task", state, labels)
-
+def _reaped(server: PrefectServer, run_id: str) -> str:
+    """The state of the run when it was reaped: nothing within the hour, and then whatever there is to do."""
+    before = _state(server, run_id)
     assert run_id not in reap(_after(3600)).runs
-    assert _state(prefect_server, run_id) == state
-    assert (run_id in reap(_after(0)).runs) is (then != state)
-    assert _state(prefect_server, run_id) == then
+    assert _state(server, run_id) == before
+    assert (run_id in reap(_after(0)).runs) is (_state(server, run_id) != before)
+    return _state(server, run_id)
 
 
-@pytest.mark.usefixtures("here", "docker_api")
-def test_it_is_said_what_became_of_it(prefect_server, monkeypatch, capsys):
-    run_id = _waiting(prefect_server, "batch", "PENDING")
+@pytest.mark.parametrize(
+    ("state", "then"),
+    [("PENDING", "CRASHED"), ("CANCELLING", "CANCELLED"), ("RUNNING", "RUNNING"), ("SCHEDULED", "SCHEDULED")],
+)
+@pytest.mark.parametrize("labels", [{}, {LABEL_HOST: "where an earlier attempt was"}])
+def test_a_run_that_nobody_works_on_is_ended(deployed, state, labels, then):
+    assert _reaped(deployed, _waiting(deployed, state, labels)) == then
+
+
+@pytest.mark.parametrize(("worker", "then"), [("alive", "PENDING"), ("unknown", "CRASHED")])
+def test_where_a_run_may_wait_for_its_place_its_worker_has_to_be_gone(deployed, worker, then):
+    with get_client(sync_client=True) as client:
+        client.send_worker_heartbeat("gpu-kubernetes", "alive", heartbeat_interval_seconds=60)
+    labels = {LABEL_WORKER: worker, LABEL_POOL: "gpu-kubernetes"}
+
+    assert _reaped(deployed, _waiting(deployed, "PENDING", labels, pool="gpu-kubernetes")) == then
+
+
+def test_it_is_said_what_became_of_it(deployed, monkeypatch, capsys):
+    run_id = _waiting(deployed, "PENDING")
     monkeypatch.setenv("OASIS_FLOWS_BEGIN_WITHIN", "0")
 
     assert main(["reap"]) == 0
 
     assert f"told Prefect the end of run {run_id}" in capsys.readouterr().out
-    run = prefect_server.api(f"/flow_runs/{run_id}")
+    run = deployed.api(f"/flow_runs/{run_id}")
     assert run["state"]["message"].startswith(reaper.NEVER_BEGAN)
     assert "failed:process_gone" in run["tags"]
 
 
-@pytest.mark.usefixtures("here", "docker_api")
-def test_what_is_not_ours_is_left_alone_and_so_is_all_by_a_run_that_sweeps_its_machine(prefect_server):
-    foreign, ours = (_waiting(prefect_server, flow, "PENDING") for flow in ("somebody-elses", "train"))
+def test_what_is_not_ours_is_left_alone_whatever_its_flow_is_called_and_a_call_is_no_workers(deployed):
+    foreign = _waiting(deployed, "PENDING", tags=())
+    flow = deployed.api("/flows/", {"name": "algorithm-task"})["id"]
+    called = deployed.api("/flow_runs/", {"flow_id": flow, "state": {"type": "PENDING"}, "tags": [reaper.TAG]})["id"]
 
-    assert sweep(_after(0)).runs == ()
-    assert reap(_after(0)).runs == (ours,)
-    assert _state(prefect_server, foreign) == "PENDING"
+    assert not {foreign, called} & {*reap(_after(0)).runs}
+    assert {_state(deployed, run_id) for run_id in (foreign, called)} == {"PENDING"}
 
 
-def test_the_flows_are_all_of_this_package():
-    from oasis_flows.flows import algorithm_task, batch, reap as reaping, station, train, train_route
+def test_a_run_that_sweeps_its_machine_leaves_all_of_that_alone(deployed):
+    run_id = _waiting(deployed, "PENDING")
 
-    modules = (algorithm_task, batch, reaping, station, train, train_route)
-    found = {value.name for module in modules for value in vars(module).values() if type(value).__name__.endswith("Flow")}
-    assert found == set(FLOWS)
+    assert run_id not in sweep(_after(0)).runs
+    assert _state(deployed, run_id) == "PENDING"
+
+
+def test_every_shipped_deployment_can_be_told_by_its_tag(deployed):
+    shipped = deployed.api("/deployments/filter", {"deployments": {"name": {"any_": ["algorithm-task", "batch", "reap"]}}})
+    assert [each["name"] for each in shipped if reaper.TAG not in each["tags"]] == []
+    assert shipped
