@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import Distribution, distribution
+from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def _libraries(found: Iterable[Path]) -> str:
     return ":".join(sorted({str(path.parent) for path in found if ".so" in path.name and "lib-dynload" not in str(path)}))
 
 
-def flow_runner_image() -> TinyImage:
+def flow_runner_image(*tags: str) -> TinyImage:
     """What `deployments/images/flow-runner/Dockerfile` makes, of this environment's own Python and packages: it takes no network."""
     venv, base = Path(sys.prefix).resolve(), Path(sys.executable).resolve()
     say = f"import ctypes, lzma, prefect_kubernetes, oasis_flows.__main__, obstore, s3fs, sqlalchemy.ext.asyncio, ssl, sqlite3; {LOADED}"
@@ -121,7 +121,7 @@ def flow_runner_image() -> TinyImage:
     users = {"etc/passwd": (0o644, PASSWD + b"oasis:x:1000:1000::/tmp:/bin/sh\n")}
     variables = [f"PATH={venv}/bin:/bin", "HOME=/tmp", "PYTHONUNBUFFERED=1", f"LD_LIBRARY_PATH={_libraries(system)}"]
     config = {"Env": variables, "User": "1000:1000", "WorkingDir": "/tmp", "Cmd": ["oasis-flows", "doctor"]}
-    return TinyImage(layers=(busybox_layer(), layer(users, links, {"tmp": 0o1777}, copies)), config=config)
+    return TinyImage(tags, (busybox_layer(), layer(users, links, {"tmp": 0o1777}, copies)), config)
 
 
 def _closure(name: str, extras: set[str]) -> list[Distribution]:
@@ -134,13 +134,18 @@ def _closure(name: str, extras: set[str]) -> list[Distribution]:
         if known and extras | {""} <= known:
             continue
         known |= extras | {""}
-        required = map(Requirement, distribution(name).requires or ())
+        required = map(Requirement, _installed(name).requires or ())
         wanted += [
             (each.name, each.extras)
             for each in required
             if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in known)
         ]
-    return [distribution(each) for each in found]
+    return [_installed(each) for each in found]
+
+
+def _installed(name: str) -> Distribution:
+    """A distribution as it is installed. Where a checkout was built, it has metadata of its own, which Python finds first there."""
+    return next(iter(Distribution.discover(name=name, path=[sysconfig.get_path("purelib")])))
 
 
 @dataclass(frozen=True)
