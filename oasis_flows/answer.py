@@ -17,6 +17,7 @@ from .errors import ProtocolError
 
 RESPONSE_FILE = "OASIS_RESPONSE_FILE"
 MAX_RESPONSE_BYTES = 4 << 20
+MAX_LEVELS = 500
 _MARKS = re.compile(r'["{}\[\]]')
 _CLIP = 300
 
@@ -65,11 +66,9 @@ def response_in_file(content: bytes, question: Question) -> dict[str, Any]:
     text = content.decode("utf-8", "surrogateescape")
     if len(content) > MAX_RESPONSE_BYTES:
         raise no_answer(question, f"has more than {MAX_RESPONSE_BYTES >> 20} MiB, which is the limit", text)
-    try:
-        answer = json.loads(content.decode(), parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        answer = None
-    if not isinstance(answer, dict):
+    trimmed = text.strip(" \t\r\n")
+    answer, end = _parsed(trimmed)
+    if not isinstance(answer, dict) or end != len(trimmed) or re.search("[\ud800-\udfff]", text):
         raise no_answer(question, f"is not one JSON object, in the file that {RESPONSE_FILE} names", text)
     return answer
 
@@ -79,10 +78,7 @@ def _suffix(text: str) -> tuple[int, dict[str, Any]] | None:
     start = _beginning(text)
     if start is None:
         return None
-    try:
-        value, end = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, start)
-    except (ValueError, RecursionError):
-        return None
+    value, end = _parsed(text, start)
     return (start, value) if end == len(text) else None
 
 
@@ -116,6 +112,20 @@ def _is_escaped(text: str, at: int) -> bool:
     while before and text[before - 1] == "\\":
         before -= 1
     return (at - before) % 2 == 1
+
+
+def _parsed(text: str, start: int = 0) -> tuple[Any, int]:
+    """The JSON value that begins there, and where it ends; `None` and -1 where none does that nests at most `MAX_LEVELS` deep."""
+    try:
+        value, end = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None, -1
+    # How deep Python itself reads, and writes again, is another number in each of its versions.
+    level = [value]
+    for _ in range(MAX_LEVELS):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list)))
+        level = [each for values in inner for each in values]
+    return (value, end) if not level else (None, -1)
 
 
 def _no_constant(name: str) -> None:

@@ -133,6 +133,7 @@ class TestSuffix:
             (b'{"success": true}\n{"success": false}', "comes twice"),
             (b'{"success": "\xff"}', "is not UTF-8"),
             (b'{"a":' * 5000 + b"1" + b"}" * 5000, "is no JSON object"),
+            (b'{"a":' * 501 + b"1" + b"}" * 501, "is no JSON object"),
         ],
     )
     def test_what_is_none(self, stdout: bytes, why: str):
