@@ -1,6 +1,6 @@
 """The command line: `oasis-flows`. This module knows words and exit codes; `console` does the work.
 
-Only the standard library is imported before a command is chosen, so that `--help` answers at once.
+Hardly more than the standard library is imported before a command is chosen, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+
+from . import interruption
 
 SUCCESS, ALGORITHM_FAILED, WRONG_DESCRIPTION, INFRASTRUCTURE_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -30,6 +32,15 @@ A first run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
+    try:
+        with interruption.kept_in_mind():
+            return _command(arguments)
+    except KeyboardInterrupt:
+        print("oasis-flows: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _command(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     if getattr(options, "follow", False) is False:
         # Without --follow a terminal shows results; what goes wrong is said once, below.
@@ -39,19 +50,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from . import console
     from .errors import OasisError
 
+    interruption.check()
     try:
         return int(getattr(console, options.action)(options))
     except OasisError as error:
         print(f"oasis-flows: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("oasis-flows: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone, as with `| head`: nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SUCCESS
     except Exception as error:  # the border: whatever it was, people get a sentence and a code
+        interruption.check()
         if os.environ.get("OASIS_FLOWS_TRACEBACK"):
             raise
         message, code = console.translated(error)

@@ -14,7 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound, ParameterTypeError
 from prefect.flows import Flow
 
-from . import heartbeat, kept_client
+from . import heartbeat, interruption, kept_client
 from .errors import DescriptionError, ServerDenied, ServerUnavailable
 
 PATIENCE_SECONDS = 600.0
@@ -94,6 +94,7 @@ def patiently(ask: Callable[[], R]) -> R:
                     f"The cause: {type(error).__name__}: {error}"
                 ) from error
         # Prefect's own client has waited a minute by now, unless it was answered.
+        interruption.check()
         time.sleep(1)
 
 
@@ -122,7 +123,7 @@ class DocumentFlow(Flow[P, R]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the flow in this process; see Prefect's `Flow`. It ends when its work does, not when its heart has beaten."""
-        with kept_client.kept(), heartbeat.ours():
+        with interruption.kept_in_mind(), kept_client.kept(), heartbeat.ours():
             return super().__call__(*args, **kwargs)
 
     def validate_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:

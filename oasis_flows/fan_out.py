@@ -12,7 +12,7 @@ from typing import Protocol
 
 from prefect.logging import get_run_logger
 
-from . import reservations
+from . import interruption, reservations
 from .artifacts import show_waiting
 from .batching import Batch, demand_of, places
 from .capacity import Vector, described
@@ -54,6 +54,7 @@ def carry_out(schedule: Schedule, fan_out: FanOut, tell: Callable[[Outcome, bool
     """
     stopped_by: OasisError | None = None
     while not schedule.finished:
+        interruption.check()
         room = fan_out.room(schedule.wanted)
         while schedule.running < room and (attempt := schedule.start(time.monotonic())):
             fan_out.start(attempt)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
@@ -11,12 +10,11 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, FlowRunPolicy, State
 from prefect.context import FlowRunContext
-from prefect.exceptions import TerminationSignal
 from prefect.flow_engine import FlowRunTimeoutError
 from prefect.logging import get_run_logger
 from prefect.states import Failed
-from pydantic_core import PydanticSerializationError
 
+from . import interruption
 from .artifacts import harmless, show_files, show_page, tell_failure
 from .documents import await_server, patiently
 from .errors import InternalError, OasisError
@@ -41,11 +39,8 @@ def failed(error: Exception, account: Account) -> State[Any]:
     """
     if isinstance(error, FlowRunTimeoutError):
         raise error
-    # Of what a signal raises while a model is written pydantic makes an error of its own, and may keep its name alone.
-    if isinstance(error, PydanticSerializationError):
-        for interruption in (TerminationSignal(signal.SIGTERM), KeyboardInterrupt()):
-            if type(interruption).__name__ in str(error):
-                raise interruption from error
+    # Of what a signal raises Prefect's engine, and pydantic, may have made this error.
+    interruption.check()
     if not isinstance(error, OasisError):
         error = _unforeseen(error)
     verdict = judge(error)

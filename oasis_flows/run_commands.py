@@ -235,7 +235,6 @@ def _print_run(state: State[Any], result: object, *, as_json: bool) -> None:
     if isinstance(result, Exception):
         print(f"oasis-flows: {result}", file=sys.stderr)
     if facts["dataset"]:
-        print(
-            f"dataset/{facts['dataset']}: {cast(Dataset, result).file_count} files, {human_bytes(cast(Dataset, result).size_bytes)}"
-        )
+        found = cast(Dataset, result)
+        print(f"dataset/{facts['dataset']}: {counted(found.file_count or 0, 'file')}, {human_bytes(found.size_bytes)}")
     print(f"in {source.url}" if source.url else "nothing was published")

@@ -24,7 +24,7 @@ from prefect.logging import get_run_logger
 from prefect.logging.loggers import PrefectLogAdapter
 from prefect.tasks import Task, exponential_backoff
 
-from . import caches, callbacks, documents, log, progress, saving, store
+from . import caches, callbacks, documents, interruption, log, progress, saving, store
 from .artifacts import TransferBar, show_waiting
 from .blocks import Dataset
 from .callbacks import Notes
@@ -54,6 +54,7 @@ def _may_succeed_later(_task: Task[..., Any], _run: TaskRun, state: State[Any]) 
 @contextmanager
 def step(name: str) -> Iterator[None]:
     """Note on an error which step it ended, and how often that was tried."""
+    interruption.check()
     try:
         yield
     except OasisError as error:
@@ -339,6 +340,7 @@ def _progress(verb: str, step: str) -> store.Progress:
 
     def tell(files: int, all_files: int, bytes: int, all_bytes: int) -> None:
         nonlocal last
+        interruption.check()
         bar.move(files, all_files, bytes, all_bytes)
         progress.tell(verb.lower(), files, all_files, bytes, all_bytes)
         if time.monotonic() - last >= 10:

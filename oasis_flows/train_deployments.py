@@ -15,6 +15,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 
+from . import interruption
 from .blocks import Station
 from .documents import patiently
 from .errors import DescriptionError
@@ -89,6 +90,7 @@ def await_end(run_id: UUID, go_on: Callable[[FlowRun], None] = lambda _: None) -
         if run.state is not None and run.state.is_final():
             return run
         go_on(run)
+        interruption.check()
         time.sleep(POLL_SECONDS)
 
 

@@ -31,8 +31,9 @@ from .. import lease, workspace
 from ..errors import OasisError, RunInUse
 from ..job import ContainerJob, Mount, Resources, Wrapper
 from ..workspace import Workspace
+from . import quota
 from .parcel import Damaged, pack, unpack
-from .quota import Watch, measure
+from .quota import Watch
 
 PROTOCOL = 1
 # Where the image of flow runs has the claim.
@@ -162,7 +163,7 @@ def receive(order: Order, home: Path) -> None:
 def send(order: Order, home: Path) -> None:
     """Hand out what the algorithm has written, unless it is more than it may be; say last whether nothing was deleted meanwhile."""
     folders = order.written_folders(home)
-    passed = measure(list(folders.values()), order.limits).over(order.limits)
+    passed = quota.passed(list(folders.values()), order.limits)
     _say(passed=passed and [passed.reason, passed.limit])
     if passed is None:
         pack(sys.stdout.buffer.write, folders, opening=True)

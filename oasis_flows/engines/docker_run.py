@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from .. import lease
+from .. import interruption, lease
 from ..errors import ContainerLost, DescriptionError, EngineError, EngineUnavailable, ImageNotFound, NoGpu, UnsupportedByEngine
 from ..job import ContainerExit, ContainerJob, LogSink, Reason
 from . import docker_spec as spec
@@ -225,6 +225,7 @@ class Supervision:
             # Its cgroup outlives its output by a few hundredths of a second: that is when most can be read there.
             pause = 0.02 if pump.news.wait(pause) else min(pause * 1.5, 0.2)
             pump.news.clear()
+            interruption.check()
             watch.sample()
             if time.monotonic() - renewed >= 1.0:
                 renewed = time.monotonic()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from .. import lease
+from .. import interruption, lease
 from ..capacity import Demand, Vector, too_big
 from ..errors import (
     ContainerLost,
@@ -243,6 +243,7 @@ class Supervision:
         version = -1
         while True:
             version = self._cluster.watch.wait(version, 0.25)
+            interruption.check()
             self._renew_lease()
             self._check_way()
             sight = self._cluster.watch.sight(self._uid)

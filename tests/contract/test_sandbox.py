@@ -26,9 +26,11 @@ from typing import Any
 import pytest
 
 from oasis_flows import lease, store
+from oasis_flows.blocks import Algorithm
 from oasis_flows.engines import Engine, docker_spec, kube_run, pod
 from oasis_flows.engines.docker import DockerEngine
 from oasis_flows.engines.kubernetes import KubernetesEngine
+from oasis_flows.engines.quota import count
 from oasis_flows.errors import UnsafeName
 from oasis_flows.job import ContainerExit, ContainerJob, ImageSource, Mount, Reason, Resources, Sandbox
 from oasis_flows.store import Location
@@ -329,14 +331,22 @@ class TestNowhere:
         assert probed.said["look: masked"].split() == ["0"]
 
 
+@contextlib.contextmanager
+def mounted(path: Path, options: str) -> Iterator[Path]:
+    """A disk of its own at a new folder, so that whatever goes wrong fills no other."""
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"{options},mode=1777", "tmpfs", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 32 MiB and 20 000 files, so that whatever goes wrong fills no other."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m,nr_inodes=20000,mode=1777", "tmpfs", path], check=True)
-    yield path
-    subprocess.run(["umount", "-l", path], check=True)
+    """A disk of 32 MiB and 20 000 files."""
+    with mounted(tmp_path / "disk", "size=32m,nr_inodes=20000") as path:
+        yield path
 
 
 @dataclass(frozen=True)
@@ -660,6 +670,22 @@ class TestWorkspace:
         began = time.monotonic()
         assert space.remove()
         assert time.monotonic() - began < 20
+
+    def test_of_ten_million_files_it_gets_a_little_more_than_the_first_and_all_are_deleted(
+        self, docker_engine: DockerEngine, make_job: Callable[..., ContainerJob], tmp_path: Path
+    ) -> None:
+        """By the limit that a document has which names none. Second names of files cost less than new files."""
+        script = "mkdir a; cd a; seq 1 10000 | xargs touch; for d in $(seq 1 999); do mkdir ../$d; ln * ../$d/; done"
+        most = Algorithm.model_fields["max_output_files"].default
+        resources = Resources(output_files=most, output_bytes=100 << 30)
+        with mounted(tmp_path / "disk", "size=1m,nr_inodes=12m") as disk, open_workspace(disk, "run") as space:
+            mounts = (Mount(source=space.fresh_output(), target="/work/output", read_only=False),)
+            job = make_job("sh", "-c", script, mounts=mounts, resources=resources, working_dir="/work/output")
+            ended = docker_engine.run(job, Log())
+            assert (ended.reason, ended.limit_passed) == (Reason.TOO_MANY_FILES, 1_000_000)
+            assert count([space.output], Resources()).files < 3_000_000
+            assert space.remove()
+            assert list(disk.iterdir()) == []
 
     def test_a_device_or_a_socket_in_the_output_is_refused(self, space: Workspace, tmp_path: Path) -> None:
         # No container can make a device; somebody with more rights might have.

@@ -737,7 +737,7 @@ def test_a_signal_that_came_while_a_model_was_written_is_no_failure(ran, prefect
     class Written(BaseModel):
         @model_serializer
         def write(self):
-            raise TerminationSignal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     class Around(BaseModel):
         written: Written = Written()
