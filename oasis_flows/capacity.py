@@ -21,7 +21,7 @@ HEADROOM = 0.8
 _SUFFIXES = {"n": Decimal("1e-9"), "u": Decimal("1e-6"), "m": Decimal("1e-3"), "": Decimal(1)}
 _SUFFIXES |= {unit: Decimal(1000) ** (power + 1) for power, unit in enumerate("kMGTPE")}
 _SUFFIXES |= {f"{unit}i": Decimal(1024) ** (power + 1) for power, unit in enumerate("KMGTPE")}
-_QUANTITY = re.compile(r"(\d+\.?\d*|\.\d+)(?:[eE](-?\+?\d{1,3})|([numkMGTPE]|[KMGTPE]i)?)")
+_QUANTITY = re.compile(r"(\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d{1,3})|([numkMGTPE]|[KMGTPE]i)?)")
 
 
 def quantity(text: object) -> Decimal:

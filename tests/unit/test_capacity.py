@@ -42,7 +42,9 @@ def test_a_quantity_is_what_kubernetes_means_by_it(text, value):
     assert quantity(text) == Decimal(value)
 
 
-@pytest.mark.parametrize("text", ["", "Gi", "3 Gi", "3GiB", "1K", "-1", "1e", "1e3Gi", "0x10", "1,5", "nan", None, True, [1]])
+@pytest.mark.parametrize(
+    "text", ["", "Gi", "3 Gi", "3GiB", "1K", "-1", "1e", "1e3Gi", "1e-+3", "0x10", "1,5", "nan", "inf", None, True, [1], {}]
+)
 def test_anything_else_is_refused_by_name(text):
     with pytest.raises(DescriptionError, match=r"is not a quantity\. Write"):
         quantity(text)
