@@ -86,12 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     _run_arguments(batch, optional=True)
     _batch_arguments(batch)
     _oscar_arguments(batch)
-    batch.add_argument(
-        "--fan-out",
-        choices=["in-process", "work-pool"],
-        metavar="WHERE",
-        help="in-process (default), or work-pool: on its workers",
-    )
     batch.add_argument("--resume", metavar="RUN", help="id or name of an earlier run of this batch, to go on with what is left")
     batch.add_argument("--follow", action="store_true", help="show the log while it happens")
     batch.add_argument("--json", action="store_true", help="print the result as one line of JSON")
@@ -99,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plans = commands.add_parser("plan", help="say what a batch would do, and start nothing")
     plan = plans.add_subparsers(dest="verb", required=True, metavar="VERB").add_parser("batch", help="plan a batch")
-    _run_arguments(plan)
+    _run_arguments(plan, optional=True)
     _batch_arguments(plan)
+    _oscar_arguments(plan)
     plan.add_argument("--resume", metavar="RUN", help="id or name of an earlier run of this batch: say what it has finished")
     plan.add_argument("--capacity", metavar="FILE", help="a snapshot of the machines, in place of this one's engine")
     plan.add_argument("--json", action="store_true", help="print the plan as one line of JSON")
@@ -165,6 +160,12 @@ def _batch_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="how often a shard that its algorithm failed is tried again (default: 0)",
+    )
+    parser.add_argument(
+        "--fan-out",
+        choices=["in-process", "work-pool"],
+        metavar="WHERE",
+        help="in-process (default), or work-pool: on its workers",
     )
 
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from . import oscar, store
-from .capacity import Demand, Fit, Node, Vector, fit, too_big
+from .capacity import Demand, Fit, Node, fit, too_big
 from .errors import DatasetError, DescriptionError, NoCapacity
 from .include import included
 from .job import parse_bytes
@@ -146,20 +146,26 @@ def check_fits(plan: Plan, nodes: Sequence[Node], headroom: float) -> None:
         )
 
 
-def places(plan: Plan, nodes: Sequence[Node], options: Options, headroom: float) -> tuple[int, Fit]:
-    """How many containers may run at once now, and how many fit where."""
+def places(plan: Plan, nodes: Sequence[Node], options: Options, headroom: float, *, grows: bool = False) -> tuple[int, Fit]:
+    """How many containers may run at once now, and how many fit where.
+
+    Among machines that are made when they are needed (`grows`), what fits nowhere yet is what has one made: a container, or as
+    many as the user wants.
+    """
     found = fit(nodes, demand_of(plan), headroom=headroom)
-    return min(found.count, options.max_parallel or found.count), found
+    count = max(found.count, options.max_parallel or 1) if grows else found.count
+    return min(count, options.max_parallel or count), found
 
 
-def places_when_empty(plan: Plan, nodes: Sequence[Node], options: Options, headroom: float) -> int:
+def places_when_empty(plan: Plan, nodes: Sequence[Node], options: Options, headroom: float, *, grows: bool = False) -> int:
     """How many containers could run at once if nothing else did.
 
     Raises:
         NoCapacity: none, however long one waits.
     """
-    check_fits(plan, nodes, headroom)
-    return places(plan, [replace(node, requested=Vector()) for node in nodes], options, headroom)[0]
+    if not grows:
+        check_fits(plan, nodes, headroom)
+    return places(plan, [node.emptied() for node in nodes], options, headroom, grows=grows)[0]
 
 
 def list_files(plan: Plan, options: Options, folder: Path) -> tuple[Listing, Location]:

@@ -18,7 +18,7 @@ from .batching import Batch, demand_of, places
 from .capacity import Vector, described
 from .errors import EngineError, EngineUnavailable, OasisError
 from .ledger import Ledger
-from .machine import nodes_now, open_engine
+from .machine import grows, nodes_now, open_engine
 from .schedule import Attempt, Ending, Schedule
 from .settings import Settings
 from .shards import Outcome, Shards, run_shard
@@ -96,7 +96,7 @@ class InProcess:
             self._fit = 0
             self._take(0)
             return
-        count, found = places(batch.plan, nodes, batch.options, self._settings.headroom)
+        count, found = places(batch.plan, nodes, batch.options, self._settings.headroom, grows=grows(self._settings))
         self._fit = min(count, MOST_AT_ONCE)
         self._take(min(self._fit, wanted))
         if len(nodes) == 1 and (each := demand_of(batch.plan).on(nodes[0])):

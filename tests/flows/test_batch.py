@@ -14,8 +14,9 @@ from prefect.states import Scheduled
 
 from oasis_flows import artifacts, documents, fan_out, reservations, schedule
 from oasis_flows.__main__ import main
+from oasis_flows.batching import Options, places, places_when_empty
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
-from oasis_flows.capacity import Vector
+from oasis_flows.capacity import Node, Vector
 from oasis_flows.errors import (
     AlgorithmFailed,
     ContainerLost,
@@ -29,7 +30,9 @@ from oasis_flows.errors import (
 from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.flows.batch import batch
 from oasis_flows.job import ContainerExit, Reason
-from oasis_flows.machine import stand_in
+from oasis_flows.machine import grows, stand_in
+from oasis_flows.plan import plan_run
+from oasis_flows.settings import current
 from oasis_flows.testing import FakeEngine, host_path
 from oasis_flows.workspace import open_workspace
 
@@ -324,6 +327,49 @@ def test_a_plan_says_what_would_be_done_and_starts_nothing(prefect_server, here,
     assert json.loads(capsys.readouterr().out) == given
     assert [(node["name"], node["fit"]) for node in given["nodes"]] == [("a", 1), ("b", 0)]
     assert engine.jobs == []
+
+
+def test_a_plan_for_a_pool_looks_at_no_machine(prefect_server, here, notes, capsys):
+    name = f"planned-{uuid.uuid4().hex[:8]}"
+    Algorithm(docker_image=IMAGE, memory="1GiB", cpus=64).save(name)
+    notes(*NAMES).save(name)
+
+    assert main(["plan", "batch", name, name, "--fan-out", "work-pool", "--files-per-shard", "7"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "at once    32 now; the limit is the pool, and its workers",
+        "shards     5, of 2 to 7 files, 16 B to 56 B",
+    ]
+    assert main(["plan", "batch", name, name, "--fan-out", "work-pool", "--max-parallel", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["at_once"], told["limit"], told["shards"], told["too_big"]) == (2, "max_parallel", 16, None)
+
+
+def test_on_a_cluster_that_grows_nothing_is_too_large_and_something_is_always_asked_for(
+    prefect_server, here, monkeypatch, tmp_path
+):
+    plan = plan_run(
+        Algorithm(docker_image=IMAGE, cpus=64),
+        Dataset(url=str(tmp_path / "in")),
+        output_name=None,
+        store=None,
+        parameters=None,
+        settings=current(),
+        run_id=str(uuid.uuid4()),
+        attempt=1,
+    )
+    small = (Node(name="small", allocatable=Vector(2000, 8 << 30, 0, 110)),)
+    with pytest.raises(NoCapacity):
+        places_when_empty(plan, small, Options(), 0.8)
+
+    assert places_when_empty(plan, small, Options(), 0.8, grows=True) == 1
+    assert places(plan, (), Options(max_parallel=7), 0.8, grows=True)[0] == 7
+    assert places(plan, small, Options(), 0.8)[0] == 0
+    monkeypatch.setenv("OASIS_FLOWS_KUBERNETES_GROWS", "true")
+    assert not grows(current())
+    monkeypatch.setenv("OASIS_FLOWS_ENGINE", "kubernetes")
+    assert grows(current())
+    monkeypatch.setenv("OASIS_FLOWS_CAPACITY", str(tmp_path / "nodes.json"))
+    assert not grows(current())
 
 
 def counting(most):
