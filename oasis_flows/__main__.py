@@ -30,7 +30,7 @@ A first run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     if getattr(options, "follow", False) is False:
         # Without --follow a terminal shows results; what goes wrong is said once, below.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -57,6 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message, code = console.translated(error)
         print(f"oasis-flows: {message}", file=sys.stderr)
         return code
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What was written. A DATASET that may be left out is found behind options, too, where argparse does not look for it."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and getattr(options, "dataset", "") is None and not rest[0].startswith("-"):
+        options.dataset, *rest = rest
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -251,9 +251,16 @@ def _check_same(began: dict[str, Any], now: dict[str, Any], changes: Callable[[]
     for name in now:
         if began.get(name) != now[name]:
             raise DescriptionError(
-                f"The batch was begun with another `{name}`, {_short(began.get(name))}, and would go on with {_short(now[name])}. Restore it, "
-                "or begin a new batch."
+                f"The batch was begun with another `{name}`: {_difference(began.get(name), now[name])}. Restore it, or begin a new batch."
             )
+
+
+def _difference(began: object, now: object) -> str:
+    """What was, and what is; of documents those fields alone that are others."""
+    if not isinstance(began, dict) or not isinstance(now, dict):
+        return f"it was {_short(began)} and is {_short(now)}"
+    names = [name for name in {**began, **now} if began.get(name) != now.get(name)]
+    return "; ".join(f"`{name}` was {_short(began.get(name))} and is {_short(now.get(name))}" for name in names)
 
 
 def _short(value: object) -> str:

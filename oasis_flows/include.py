@@ -30,9 +30,9 @@ def name_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def exactly(name: str) -> str:
-    """The pattern that only this name matches."""
+    """The pattern that only this name matches. It never looks like an option of a command line."""
     escaped = re.sub(r"([*?\[])", r"[\1]", name)
-    return escaped if "/" in name else f"/{escaped}"
+    return escaped if "/" in name and not name.startswith("-") else f"/{escaped}"
 
 
 def _regular(part: str) -> str:

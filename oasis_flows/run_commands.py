@@ -18,9 +18,10 @@ from prefect.client.schemas.objects import State
 from pydantic import SecretStr
 
 from . import documents, progress, settings
+from .batch_record import called_by
 from .batching import Options as BatchOptions, cut, demand_of, list_files, places, places_when_empty
 from .blocks import Algorithm, Dataset, DatasetStore
-from .capacity import described, too_big
+from .capacity import described, quantity, too_big
 from .command import from_text
 from .errors import DescriptionError, OasisError
 from .flows.algorithm_task import algorithm_task
@@ -57,7 +58,7 @@ def batch(options: Options) -> int:
     # What is wrong with the options is said before there is a run of them.
     BatchOptions(**chosen)
     given = {**given, **chosen, **({"fan_out": options.fan_out} if options.fan_out else {})}
-    with _shown():
+    with _shown(), called_by(_oscar_words(options)):
         if options.resume:
             state = begin_again(options.resume, batch_flow, given, settings.current())
         else:
@@ -149,6 +150,11 @@ def _given(options: Options) -> dict[str, Any]:
     """The parameters that all flows have. Documents stay names, and are known to exist."""
     if getattr(options, "oscar_config", None):
         return _given_by_oscar(options)
+    if getattr(options, "service_cpus", None) or getattr(options, "service_memory", None):
+        raise DescriptionError(
+            "--service-cpus and --service-memory are about the service of an OSCAR-Batch configuration, and there is none. Give "
+            "--oscar-config, or write `cpus` and `memory` into the Algorithm document."
+        )
     if options.dataset is None:
         raise DescriptionError("There is no DATASET. Give the name of a Dataset document, or --oscar-config.")
     algorithm = documents.load(Algorithm, options.algorithm)
@@ -176,9 +182,10 @@ def _given_by_oscar(options: Options) -> dict[str, Any]:
         raise DescriptionError(
             f"{options.oscar_config} cannot be read: {error.strerror}. Give the path of a config.json."
         ) from None
-    resources = {"cpu": options.service_cpus, "memory": options.service_memory}
-    if None in resources.values():
-        resources = {**ask_service(config), **{name: value for name, value in resources.items() if value is not None}}
+    said = {"cpu": ("--service-cpus", options.service_cpus), "memory": ("--service-memory", options.service_memory)}
+    resources = {name: _amount(*each) for name, each in said.items() if each[1] is not None}
+    if len(resources) < len(said):
+        resources = {**ask_service(config), **resources}
     algorithm = documents.load(Algorithm, options.algorithm)
     store = DatasetStore(
         url=config.dataset_url,
@@ -195,6 +202,23 @@ def _given_by_oscar(options: Options) -> dict[str, Any]:
         "store": options.store,
         "parameters": from_text(algorithm.parameters, _pairs(options.parameter)) or None,
     }
+
+
+def _amount(option: str, text: str) -> str:
+    try:
+        quantity(text)
+    except DescriptionError as error:
+        raise DescriptionError(f"{option}: {error}") from None
+    return text
+
+
+def _oscar_words(options: Options) -> list[str]:
+    """What a command line says again to mean the same configuration of OSCAR-Batch; nothing where there is none."""
+    if not options.oscar_config:
+        return []
+    service = [("--service-cpus", options.service_cpus), ("--service-memory", options.service_memory)]
+    said = [word for name, value in service if value is not None for word in (name, value)]
+    return [options.algorithm, "--oscar-config", str(Path(options.oscar_config).absolute()), *said]
 
 
 def _batch_options(options: Options) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which names a pattern means."""
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from oasis_flows.include import exactly, included, name_pattern
 from oasis_flows.manifest import Entry
@@ -55,9 +55,11 @@ def test_a_pattern_means_what_shells_and_git_mean_by_it(pattern, name, matches):
 
 
 @given(st.text(min_size=1).filter(lambda name: not name.startswith("/")), st.text(min_size=1))
+@example("-d/x", "d/x")
 def test_a_name_can_be_written_so_that_nothing_else_matches(name, other):
     pattern = name_pattern(exactly(name))
 
+    assert not exactly(name).startswith("-")
     assert pattern.fullmatch(name)
     assert bool(pattern.fullmatch(other)) is (name == other)
 
