@@ -10,13 +10,11 @@ from contextvars import copy_context
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from prefect.logging import get_run_logger
-
 from . import reservations
-from .artifacts import show_waiting
+from .artifacts import Waiting
 from .batching import Batch, demand_of, places
 from .capacity import Vector, described
-from .errors import EngineError, EngineUnavailable, OasisError
+from .errors import DescriptionError, EngineError, EngineUnavailable, OasisError
 from .ledger import Ledger
 from .machine import grows, nodes_now, open_engine
 from .schedule import Attempt, Ending, Schedule
@@ -74,8 +72,8 @@ class InProcess:
     def __init__(self, shards: Shards, pool: ThreadPoolExecutor, settings: Settings) -> None:
         self._shards, self._pool, self._settings = shards, pool, settings
         self._ended: SimpleQueue[tuple[Attempt, Outcome]] = SimpleQueue()
-        self._room, self._fit, self._looked, self._waits = 0, 0, 0.0, ""
-        self._running = 0
+        self._room, self._fit, self._looked, self._running = 0, 0, 0.0, 0
+        self._waiting = Waiting(LOOK_SECONDS)
 
     def room(self, wanted: int) -> int:
         """As many attempts as containers fit into what others leave, looked at every two seconds, and some ahead."""
@@ -90,9 +88,10 @@ class InProcess:
         batch = self._shards.batch
         try:
             nodes = nodes_now(self._settings, without=batch.plan.run_id)
-        except EngineUnavailable as error:
-            # Containers that run are watched by those who are patient with it; more are started when it is back.
-            self._wait_for(f"the container engine does not answer: {error}")
+        except (EngineUnavailable, DescriptionError) as error:
+            # Containers that run are watched by those who are patient with it; more are started when it is back. A snapshot, which
+            # could be read when the batch began, is being written anew.
+            self._waiting.tell(f"nobody can tell what is free: {error}".rstrip("."))
             self._fit = 0
             self._take(0)
             return
@@ -104,18 +103,11 @@ class InProcess:
             amount = Vector(*(max(self._room, self._shards.places.taken) * part for part in each))
             reservations.reserve(self._shards.workspace, amount)
         have = "; ".join(described(node, self._settings.headroom) for node in nodes[:10])
-        self._wait_for("" if count else f"too few {found.limit} are free for {demand_of(batch.plan)}: {have}")
+        self._waiting.tell("" if count else f"too few {found.limit} are free for {demand_of(batch.plan)}: {have}")
 
     def _take(self, room: int) -> None:
         self._room = room
         self._shards.places.allow(room)
-
-    def _wait_for(self, what: str) -> None:
-        text = f"The batch waits: {what}. It looks again every {LOOK_SECONDS:g} seconds." if what else "The batch goes on."
-        if bool(what) is not bool(self._waits):
-            get_run_logger().warning("%s", text)
-            show_waiting(text)
-        self._waits = what
 
     def start(self, attempt: Attempt) -> None:
         """Begin an attempt, in a thread."""
