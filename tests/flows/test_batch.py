@@ -572,6 +572,20 @@ def test_failed_files_can_be_accepted(ran, notes):
     assert done.record["verdict"]["sentence"].endswith("but for 1 file, which failed alone.")
 
 
+def test_failed_files_can_be_accepted_afterwards_and_the_record_says_so(ran, notes):
+    dataset = notes("a", "bad", "c")
+    first = ran(FakeEngine(upper), dataset)
+    before, manifest = first.record, (first.folder / "manifest.jsonl").stat().st_mtime_ns
+    engine = FakeEngine(upper)
+    second = again(first, engine, dataset, on_failed_files="accept")
+
+    assert engine.jobs == []
+    assert (before["status"], second.run["state_type"], second.record["status"]) == ("Failed", "COMPLETED", "Succeeded")
+    assert second.record["output"] == before["output"]
+    assert (second.folder / "manifest.jsonl").stat().st_mtime_ns == manifest
+    assert second.content == {"a": "A", "c": "C"}
+
+
 def test_when_every_file_fails_there_is_nothing_to_publish(ran, notes):
     done = ran(FakeEngine(upper), notes("bad1", "bad2"), on_failed_files="accept")
 
