@@ -25,7 +25,7 @@ from .errors import DatasetError, DescriptionError, NoCapacity
 from .include import included
 from .job import parse_bytes
 from .manifest import check_name
-from .plan import HEAD, Part, Plan, as_part
+from .plan import HEAD, SHARDS, Part, Plan, as_part
 from .record import document
 from .sharding import Layout, Shard, by_bytes, by_files, weigh
 from .store import Listing, Location, Notes
@@ -208,7 +208,7 @@ def open_batch(plan: Plan, options: Options, folder: Path, *, image: str, at_onc
     notes = Notes(plan.output.child(HEAD))
     listing, base = list_files(plan, options, folder)
     asked = _asked(plan, options, image, listing)
-    head = notes.read("head.json")
+    head = _noted(notes, "head.json", plan.output)
     if head is None:
         store.check_writable(plan.root, plan.output)
         store.begin(plan.output)
@@ -218,13 +218,30 @@ def open_batch(plan: Plan, options: Options, folder: Path, *, image: str, at_onc
         notes.write("head.json", json.dumps(asked, indent=2, ensure_ascii=False, default=str).encode())
     else:
         _check_same(
-            json.loads(head),
+            head,
             json.loads(json.dumps(asked, default=str)),
             partial(store.changes, folder, plan.output.child(HEAD)),
         )
-        found = json.loads(notes.read("layout.json") or b"{}")
-        layout, bytes = Layout(found["ends"]), array("q", found["bytes"])
+        found = _noted(notes, "layout.json", plan.output) or {}
+        layout, bytes = Layout(found.get("ends", ())), array("q", found.get("bytes", ()))
+        if layout.file_count != listing.file_count:
+            raise DatasetError(
+                f"{plan.output.url}/{HEAD}/layout.json tells of {layout.file_count} files, and there are {listing.file_count}. Somebody "
+                "removed or changed it; begin a new batch."
+            )
     return Batch(plan=plan, options=options, image=image, base=base, layout=layout, bytes=bytes, listing_digest=listing.digest)
+
+
+def _noted(notes: Notes, name: str, output: Location) -> dict[str, Any] | None:
+    """What a note of the batch says; `None` where there is none."""
+    content = notes.read(name)
+    try:
+        return None if content is None else dict(json.loads(content))
+    except (ValueError, TypeError):
+        raise DatasetError(
+            f"{output.url}/{HEAD}/{name}, which says what the batch is, is damaged. Begin a new batch; what this one has published of its "
+            f"shards stays in {output.url}/{SHARDS}."
+        ) from None
 
 
 def _asked(plan: Plan, options: Options, image: str, listing: Listing) -> dict[str, Any]:

@@ -173,7 +173,15 @@ def test_one_dataset_comes_out_whose_manifest_points_into_the_shards(ran, notes)
     assert not done.workspace.exists()
     document = documents.find(Dataset, done.result._block_document_name)
     assert (document.url, document.file_count) == (str(done.folder), 30)
-    assert len(done.artifacts["oasis-batch"]) > 100
+    table = json.loads(done.artifacts["oasis-batch"])
+    assert [(row["shard"], row["files"], row["status"], row["attempts"], row["exit"]) for row in table] == [
+        ("0", "0-6", "published", 1, 0),
+        ("1", "7-13", "published", 1, 0),
+        ("2", "14-20", "published", 1, 0),
+        ("3", "21-27", "published", 1, 0),
+        ("4", "28-29", "published", 1, 0),
+    ]
+    assert all(row["seconds"] > 0 and Path(row["log"]).read_bytes() == b"done\n" for row in table)
     assert "30 files" in done.artifacts["oasis-run"]
 
 
@@ -715,6 +723,24 @@ def test_a_change_that_leaves_a_files_size_is_noticed_before_its_shard_runs(ran,
     assert bad["file"] == "f"
     assert "was changed after it had been listed" in bad["verdict"]["sentence"]
     assert sorted(done.content) == [*"abcde"]
+
+
+@pytest.mark.parametrize(
+    ("note", "content", "words"),
+    [
+        ("head.json", '{"image": "sha2', "head.json, which says what the batch is, is damaged. Begin a new batch"),
+        ("layout.json", "[]x", "layout.json, which says what the batch is, is damaged"),
+        ("layout.json", '{"ends": [1], "bytes": [1]}', "layout.json tells of 1 files, and there are 2"),
+    ],
+)
+def test_a_batch_whose_notes_are_damaged_is_refused_as_such(ran, notes, note, content, words):
+    dataset = notes("a", "b")
+    first = ran(FakeEngine(upper), dataset)
+    (first.folder / "batch" / note).write_text(content)
+    second = again(first, FakeEngine(upper), dataset)
+
+    assert isinstance(second.result, DatasetError)
+    assert words in str(second.result)
 
 
 def test_a_batch_does_not_go_on_as_another_one(ran, notes):
