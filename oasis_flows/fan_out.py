@@ -150,6 +150,11 @@ class InProcess:
             for _ in self.ended():
                 pass
 
+    def tidy(self) -> None:
+        """Remove containers whose end was seen, and which an engine that was away then did not remove."""
+        with suppress(OasisError):
+            open_engine(self._settings).reap(self._shards.batch.plan.run_id)
+
 
 @contextmanager
 def in_process(shards: Shards, settings: Settings) -> Iterator[InProcess]:
@@ -161,6 +166,8 @@ def in_process(shards: Shards, settings: Settings) -> Iterator[InProcess]:
         except BaseException:
             fan_out.stop()
             raise
+        else:
+            fan_out.tidy()
         finally:
             reservations.release(shards.workspace)
 

@@ -245,6 +245,29 @@ def test_an_algorithm_bigger_than_any_machine_is_refused_at_once(ran, notes):
     assert time.monotonic() - began < 20
 
 
+class Forgetful(FakeEngine):
+    """An engine that was away when its containers had ended, and still has them."""
+
+    left = 0
+
+    def run(self, job, log):
+        self.left += 1
+        return super().run(job, log)
+
+    def reap(self, run_id=None, **_):
+        if run_id is not None and self.jobs and self.jobs[0].run_id.startswith(f"{run_id}."):
+            self.left = 0
+        return ()
+
+
+def test_no_container_outlives_a_batch_though_the_engine_was_away_when_it_ended(ran, notes):
+    engine = Forgetful(upper)
+    done = ran(engine, notes("a", "b"), files_per_shard=1)
+
+    assert done.run["state_type"] == "COMPLETED", done.result
+    assert (len(engine.jobs), engine.left) == (2, 0)
+
+
 class Busy(FakeEngine):
     """An engine whose machine is full at first."""
 
