@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     if getattr(options, "follow", False) is False:
         # Without --follow a terminal shows results; what goes wrong is said once, below.
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -67,6 +67,17 @@ def _command(arguments: Sequence[str] | None) -> int:
         message, code = console.translated(error)
         print(f"oasis-flows: {message}", file=sys.stderr)
         return code
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What was written. A DATASET that may be left out is found behind options, too, where argparse does not look for it."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and getattr(options, "dataset", "") is None and not rest[0].startswith("-"):
+        options.dataset, *rest = rest
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,12 +107,6 @@ def _parser() -> argparse.ArgumentParser:
     _run_arguments(batch, optional=True)
     _batch_arguments(batch)
     _oscar_arguments(batch)
-    batch.add_argument(
-        "--fan-out",
-        choices=["in-process", "work-pool"],
-        metavar="WHERE",
-        help="in-process (default), or work-pool: on its workers",
-    )
     batch.add_argument("--resume", metavar="RUN", help="id or name of an earlier run of this batch, to go on with what is left")
     batch.add_argument("--follow", action="store_true", help="show the log while it happens")
     batch.add_argument("--json", action="store_true", help="print the result as one line of JSON")
@@ -109,8 +114,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plans = commands.add_parser("plan", help="say what a batch would do, and start nothing")
     plan = plans.add_subparsers(dest="verb", required=True, metavar="VERB").add_parser("batch", help="plan a batch")
-    _run_arguments(plan)
+    _run_arguments(plan, optional=True)
     _batch_arguments(plan)
+    _oscar_arguments(plan)
     plan.add_argument("--resume", metavar="RUN", help="id or name of an earlier run of this batch: say what it has finished")
     plan.add_argument("--capacity", metavar="FILE", help="a snapshot of the machines, in place of this one's engine")
     plan.add_argument("--json", action="store_true", help="print the plan as one line of JSON")
@@ -175,6 +181,12 @@ def _batch_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="how often a shard that its algorithm failed is tried again (default: 0)",
+    )
+    parser.add_argument(
+        "--fan-out",
+        choices=["in-process", "work-pool"],
+        metavar="WHERE",
+        help="in-process (default), or work-pool: on its workers",
     )
 
 

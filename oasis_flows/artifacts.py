@@ -82,6 +82,25 @@ def show_waiting(text: str) -> None:
         create_markdown_artifact(text, key=WAITING, description=text.partition(":")[0])
 
 
+class Waiting:
+    """Tells, in the run's log and among its artifacts, what a batch waits for, and that it goes on: once each."""
+
+    def __init__(self, look_seconds: float) -> None:
+        self._look_seconds, self._waits = look_seconds, False
+
+    def tell(self, what: str) -> None:
+        """Say what is waited for; nothing (`""`) where it goes on."""
+        if bool(what) is not self._waits:
+            text = (
+                f"The batch waits: {what}. It looks again every {self._look_seconds:g} seconds."
+                if what
+                else "The batch goes on."
+            )
+            get_run_logger().warning("%s", text)
+            show_waiting(text)
+        self._waits = bool(what)
+
+
 def show_difference(rows: Sequence[Mapping[str, Any]], about: str) -> None:
     """Show what a train would carry away as a table."""
     with harmless("What the train carries away"):

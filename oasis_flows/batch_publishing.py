@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from prefect import runtime, task
 
@@ -40,7 +41,8 @@ def publish_batch(
 ) -> Published:
     """Publish the batch: a manifest over its shards' files, the lists of shards and of failed files, log and record.
 
-    A batch that was published before, by an attempt that was killed right afterwards, is left as it is.
+    A batch that was published before, by an attempt that was killed right afterwards, is left as it is. Only where this attempt takes
+    for a success what that one took for a failure, its record says so from now on.
 
     Raises:
         DuplicateName: two shards wrote a file of the same name.
@@ -53,33 +55,38 @@ def publish_batch(
         _check_complete(batch, done, bad)
     commits = bool(done) and not schedule.too_many_failed
     verdict = judge(error) if error else _success(batch, rows, time.monotonic() - began)
+    flow_run = {"id": batch.plan.run_id, "name": str(runtime.flow_run.name), "ui_url": str(runtime.flow_run.ui_url or "")}
+    record = partial(batch_json, batch, rows, verdict=verdict, seconds=seconds, flow_run=flow_run)
     if commits and (earlier := _published(batch)) is not None:
-        return Published(summary=earlier, verdict=verdict, error=error, rows=rows)
+        summary, said = earlier
+        if said != verdict.code:
+            store.rewrite_record(batch.plan.output, written(record(published=summary)))
+        return Published(summary=summary, verdict=verdict, error=error, rows=rows)
     manifest = workspace.published_manifest if commits else None
     parts = {f"{SHARDS}/{row.shard}": row.output["digest"] if row.output else None for row in done}
-    summary = store.merge(batch.plan.output, parts, manifest) if manifest else None
+    merged = store.merge(batch.plan.output, parts, manifest) if manifest else None
     workspace.log.write_text("".join(map(log_line, rows)))
-    flow_run = {"id": batch.plan.run_id, "name": str(runtime.flow_run.name), "ui_url": str(runtime.flow_run.ui_url or "")}
-    record = batch_json(batch, rows, verdict=verdict, published=summary, seconds=seconds, flow_run=flow_run)
     store.commit(
         batch.plan.output,
         beside=write_lists(batch, rows, workspace.path),
         log=workspace.log,
-        record=written(record),
+        record=written(record(published=merged)),
         manifest=manifest,
     )
-    return Published(summary=summary, verdict=verdict, error=error, rows=rows)
+    return Published(summary=merged, verdict=verdict, error=error, rows=rows)
 
 
-def _published(batch: Batch) -> Summary | None:
+def _published(batch: Batch) -> tuple[Summary, str] | None:
+    """What an earlier attempt published, and the code of its verdict."""
     try:
         found = store.published(batch.plan.output)
     except DatasetNotFound:
         return None
-    output = found.record.get("output") if found else None
-    if not isinstance(output, dict):
+    output, verdict = (found.record.get(name) if found else None for name in ("output", "verdict"))
+    if not isinstance(output, dict) or not isinstance(verdict, dict):
         return None
-    return Summary(file_count=output["file_count"], size_bytes=output["size_bytes"], digest=output["manifest_digest"])
+    summary = Summary(file_count=output["file_count"], size_bytes=output["size_bytes"], digest=output["manifest_digest"])
+    return summary, str(verdict["code"])
 
 
 def _check_complete(batch: Batch, done: list[Row], bad: list[Row]) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from .batching import Batch
+from .command import as_text
 from .include import exactly
 from .job import counted, human_bytes
 from .ledger import Row
 from .manifest import Summary
-from .plan import SHARDS
+from .plan import SHARDS, Plan
 from .record import RECORD_VERSION, document, loosened, oasis_status, package_version
 from .schedule import Ending
 from .store import Published
@@ -103,12 +106,35 @@ def _failed(batch: Batch, row: Row) -> dict[str, Any]:
     }
 
 
-def _command(batch: Batch, name: str) -> str:
-    """What runs the algorithm on one file alone."""
-    plan = batch.plan
-    words = ["oasis-flows", "batch", plan.algorithm_name, plan.dataset_name, "--include", exactly(name)]
-    words += [word for key, value in plan.parameters.items() for word in ("--parameter", f"{key}={value}")]
+def _command(batch: Batch, name: str) -> str | None:
+    """What runs the algorithm on one file alone; `None` where it takes what no command line can name."""
+    plan, options = batch.plan, batch.options
+    words = [*(_called.get() or _names(plan))]
+    if not words:
+        return None
+    words = ["oasis-flows", "batch", *words, "--include", exactly(name)]
+    words += [word for key, value in plan.parameters.items() for word in ("--parameter", f"{key}={as_text(value)}")]
+    words += ["--store", plan.store._block_document_name] if plan.store and plan.store._block_document_name else []
+    words += ["--oscar-compat", "--oscar-index", options.oscar_index] if options.oscar_compat else []
     return shlex.join(words)
+
+
+def _names(plan: Plan) -> Sequence[str]:
+    names = (plan.algorithm._block_document_name, plan.dataset._block_document_name)
+    return [name for name in names if name] if all(names) else ()
+
+
+_called: ContextVar[Sequence[str]] = ContextVar("called", default=())
+
+
+@contextmanager
+def called_by(words: Sequence[str]) -> Iterator[None]:
+    """Have the commands that batches write down until the block ends begin with these words: they say on what, and what runs."""
+    token = _called.set(words)
+    try:
+        yield
+    finally:
+        _called.reset(token)
 
 
 def log_line(row: Row) -> str:

@@ -14,18 +14,18 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from . import oscar, store
-from .capacity import Demand, Fit, Node, Vector, fit, too_big
+from .capacity import Demand, Fit, Node, fit, too_big
 from .errors import DatasetError, DescriptionError, NoCapacity
 from .include import included
 from .job import parse_bytes
 from .manifest import check_name
-from .plan import HEAD, Part, Plan, as_part
+from .plan import HEAD, SHARDS, Part, Plan, as_part
 from .record import document
 from .sharding import Layout, Shard, by_bytes, by_files, weigh
 from .store import Listing, Location, Notes
@@ -146,20 +146,26 @@ def check_fits(plan: Plan, nodes: Sequence[Node], headroom: float) -> None:
         )
 
 
-def places(plan: Plan, nodes: Sequence[Node], options: Options, headroom: float) -> tuple[int, Fit]:
-    """How many containers may run at once now, and how many fit where."""
+def places(plan: Plan, nodes: Sequence[Node], options: Options, headroom: float, *, grows: bool = False) -> tuple[int, Fit]:
+    """How many containers may run at once now, and how many fit where.
+
+    Among machines that are made when they are needed (`grows`), what fits nowhere yet is what has one made: a container, or as
+    many as the user wants.
+    """
     found = fit(nodes, demand_of(plan), headroom=headroom)
-    return min(found.count, options.max_parallel or found.count), found
+    count = max(found.count, options.max_parallel or 1) if grows else found.count
+    return min(count, options.max_parallel or count), found
 
 
-def places_when_empty(plan: Plan, nodes: Sequence[Node], options: Options, headroom: float) -> int:
+def places_when_empty(plan: Plan, nodes: Sequence[Node], options: Options, headroom: float, *, grows: bool = False) -> int:
     """How many containers could run at once if nothing else did.
 
     Raises:
         NoCapacity: none, however long one waits.
     """
-    check_fits(plan, nodes, headroom)
-    return places(plan, [replace(node, requested=Vector()) for node in nodes], options, headroom)[0]
+    if not grows:
+        check_fits(plan, nodes, headroom)
+    return places(plan, [node.emptied() for node in nodes], options, headroom, grows=grows)[0]
 
 
 def list_files(plan: Plan, options: Options, folder: Path) -> tuple[Listing, Location]:
@@ -202,7 +208,7 @@ def open_batch(plan: Plan, options: Options, folder: Path, *, image: str, at_onc
     notes = Notes(plan.output.child(HEAD))
     listing, base = list_files(plan, options, folder)
     asked = _asked(plan, options, image, listing)
-    head = notes.read("head.json")
+    head = _noted(notes, "head.json", plan.output)
     if head is None:
         store.check_writable(plan.root, plan.output)
         store.begin(plan.output)
@@ -212,13 +218,30 @@ def open_batch(plan: Plan, options: Options, folder: Path, *, image: str, at_onc
         notes.write("head.json", json.dumps(asked, indent=2, ensure_ascii=False, default=str).encode())
     else:
         _check_same(
-            json.loads(head),
+            head,
             json.loads(json.dumps(asked, default=str)),
             partial(store.changes, folder, plan.output.child(HEAD)),
         )
-        found = json.loads(notes.read("layout.json") or b"{}")
-        layout, bytes = Layout(found["ends"]), array("q", found["bytes"])
+        found = _noted(notes, "layout.json", plan.output) or {}
+        layout, bytes = Layout(found.get("ends", ())), array("q", found.get("bytes", ()))
+        if layout.file_count != listing.file_count:
+            raise DatasetError(
+                f"{plan.output.url}/{HEAD}/layout.json tells of {layout.file_count} files, and there are {listing.file_count}. Somebody "
+                "removed or changed it; begin a new batch."
+            )
     return Batch(plan=plan, options=options, image=image, base=base, layout=layout, bytes=bytes, listing_digest=listing.digest)
+
+
+def _noted(notes: Notes, name: str, output: Location) -> dict[str, Any] | None:
+    """What a note of the batch says; `None` where there is none."""
+    content = notes.read(name)
+    try:
+        return None if content is None else dict(json.loads(content))
+    except (ValueError, TypeError):
+        raise DatasetError(
+            f"{output.url}/{HEAD}/{name}, which says what the batch is, is damaged. Begin a new batch; what this one has published of its "
+            f"shards stays in {output.url}/{SHARDS}."
+        ) from None
 
 
 def _asked(plan: Plan, options: Options, image: str, listing: Listing) -> dict[str, Any]:
@@ -245,9 +268,16 @@ def _check_same(began: dict[str, Any], now: dict[str, Any], changes: Callable[[]
     for name in now:
         if began.get(name) != now[name]:
             raise DescriptionError(
-                f"The batch was begun with another `{name}`, {_short(began.get(name))}, and would go on with {_short(now[name])}. Restore it, "
-                "or begin a new batch."
+                f"The batch was begun with another `{name}`: {_difference(began.get(name), now[name])}. Restore it, or begin a new batch."
             )
+
+
+def _difference(began: object, now: object) -> str:
+    """What was, and what is; of documents those fields alone that are others."""
+    if not isinstance(began, dict) or not isinstance(now, dict):
+        return f"it was {_short(began)} and is {_short(now)}"
+    names = [name for name in {**began, **now} if began.get(name) != now.get(name)]
+    return "; ".join(f"`{name}` was {_short(began.get(name))} and is {_short(now.get(name))}" for name in names)
 
 
 def _short(value: object) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import ROUND_CEILING, Decimal
 from typing import Literal, NamedTuple
 
@@ -21,7 +21,7 @@ HEADROOM = 0.8
 _SUFFIXES = {"n": Decimal("1e-9"), "u": Decimal("1e-6"), "m": Decimal("1e-3"), "": Decimal(1)}
 _SUFFIXES |= {unit: Decimal(1000) ** (power + 1) for power, unit in enumerate("kMGTPE")}
 _SUFFIXES |= {f"{unit}i": Decimal(1024) ** (power + 1) for power, unit in enumerate("KMGTPE")}
-_QUANTITY = re.compile(r"(\d+\.?\d*|\.\d+)(?:[eE](-?\+?\d{1,3})|([numkMGTPE]|[KMGTPE]i)?)")
+_QUANTITY = re.compile(r"(\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d{1,3})|([numkMGTPE]|[KMGTPE]i)?)")
 
 
 def quantity(text: object) -> Decimal:
@@ -71,13 +71,20 @@ WORDS = Vector("processors", "memory", "GPUs", "places for containers")  # type:
 class Node:
     """A machine: what containers may have of it in all, and what is requested already.
 
-    `closed` says why it takes no more of them; empty when it does.
+    `closed` says why it takes no more of them; empty when it does. With `for_now` that passes, and may be waited for.
+    `gpus_only`: it takes none but those that need a GPU.
     """
 
     name: str
     allocatable: Vector
     requested: Vector = field(default_factory=Vector)
     closed: str = ""
+    for_now: bool = False
+    gpus_only: bool = False
+
+    def emptied(self) -> Node:
+        """The node as it is once nothing runs on it, and what closes it for now has passed."""
+        return replace(self, requested=Vector(), closed="" if self.for_now else self.closed)
 
     def free(self, headroom: float) -> Vector:
         """What is left of the part of processors and memory that `headroom` allows; GPUs and places are never divided."""
@@ -129,7 +136,7 @@ def fit(nodes: Sequence[Node], demand: Demand, *, headroom: float = HEADROOM) ->
 
 def _ways(node: Node, demand: Demand, free: Vector) -> tuple[int, ...]:
     wanted = demand.on(node)
-    if wanted is None or node.closed:
+    if wanted is None or node.closed or (node.gpus_only and not wanted.gpus):
         return (0,) * len(WORDS)
     # What is not asked for does not limit: more places than these has no machine.
     return tuple(have // want if want else 1 << 30 for have, want in zip(free, wanted, strict=True))
@@ -137,7 +144,7 @@ def _ways(node: Node, demand: Demand, free: Vector) -> tuple[int, ...]:
 
 def too_big(nodes: Sequence[Node], demand: Demand, *, headroom: float = HEADROOM) -> str:
     """Why the demand would fit on no node even if all were empty, in a sentence; empty when it would."""
-    empty = [Node(name=node.name, allocatable=node.allocatable, closed=node.closed) for node in nodes]
+    empty = [node.emptied() for node in nodes]
     if fit(empty, demand, headroom=headroom).count:
         return ""
     if not nodes:
@@ -152,4 +159,5 @@ def described(node: Node, headroom: float = HEADROOM) -> str:
         return f"{node.name} takes nothing ({node.closed})"
     free = node.free(headroom)
     gpus = f", {free.gpus} GPUs" if node.allocatable.gpus else ""
-    return f"{node.name} has {free.millicpus / 1000:g} processors, {human_bytes(free.memory_bytes)}{gpus} free"
+    only = ", for containers with GPUs only" if node.gpus_only else ""
+    return f"{node.name} has {free.millicpus / 1000:g} processors, {human_bytes(free.memory_bytes)}{gpus} free{only}"

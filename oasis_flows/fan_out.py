@@ -10,15 +10,13 @@ from contextvars import copy_context
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from prefect.logging import get_run_logger
-
 from . import interruption, reservations
-from .artifacts import show_waiting
+from .artifacts import Waiting
 from .batching import Batch, demand_of, places
 from .capacity import Vector, described
-from .errors import EngineError, EngineUnavailable, OasisError
+from .errors import DescriptionError, EngineError, EngineUnavailable, OasisError
 from .ledger import Ledger
-from .machine import nodes_now, open_engine
+from .machine import grows, nodes_now, open_engine
 from .schedule import Attempt, Ending, Schedule
 from .settings import Settings
 from .shards import Outcome, Shards, run_shard
@@ -75,8 +73,8 @@ class InProcess:
     def __init__(self, shards: Shards, pool: ThreadPoolExecutor, settings: Settings) -> None:
         self._shards, self._pool, self._settings = shards, pool, settings
         self._ended: SimpleQueue[tuple[Attempt, Outcome]] = SimpleQueue()
-        self._room, self._fit, self._looked, self._waits = 0, 0, 0.0, ""
-        self._running = 0
+        self._room, self._fit, self._looked, self._running = 0, 0, 0.0, 0
+        self._waiting = Waiting(LOOK_SECONDS)
 
     def room(self, wanted: int) -> int:
         """As many attempts as containers fit into what others leave, looked at every two seconds, and some ahead."""
@@ -91,13 +89,14 @@ class InProcess:
         batch = self._shards.batch
         try:
             nodes = nodes_now(self._settings, without=batch.plan.run_id)
-        except EngineUnavailable as error:
-            # Containers that run are watched by those who are patient with it; more are started when it is back.
-            self._wait_for(f"the container engine does not answer: {error}")
+        except (EngineUnavailable, DescriptionError) as error:
+            # Containers that run are watched by those who are patient with it; more are started when it is back. A snapshot, which
+            # could be read when the batch began, is being written anew.
+            self._waiting.tell(f"nobody can tell what is free: {error}".rstrip("."))
             self._fit = 0
             self._take(0)
             return
-        count, found = places(batch.plan, nodes, batch.options, self._settings.headroom)
+        count, found = places(batch.plan, nodes, batch.options, self._settings.headroom, grows=grows(self._settings))
         self._fit = min(count, MOST_AT_ONCE)
         self._take(min(self._fit, wanted))
         if len(nodes) == 1 and (each := demand_of(batch.plan).on(nodes[0])):
@@ -105,18 +104,11 @@ class InProcess:
             amount = Vector(*(max(self._room, self._shards.places.taken) * part for part in each))
             reservations.reserve(self._shards.workspace, amount)
         have = "; ".join(described(node, self._settings.headroom) for node in nodes[:10])
-        self._wait_for("" if count else f"too few {found.limit} are free for {demand_of(batch.plan)}: {have}")
+        self._waiting.tell("" if count else f"too few {found.limit} are free for {demand_of(batch.plan)}: {have}")
 
     def _take(self, room: int) -> None:
         self._room = room
         self._shards.places.allow(room)
-
-    def _wait_for(self, what: str) -> None:
-        text = f"The batch waits: {what}. It looks again every {LOOK_SECONDS:g} seconds." if what else "The batch goes on."
-        if bool(what) is not bool(self._waits):
-            get_run_logger().warning("%s", text)
-            show_waiting(text)
-        self._waits = what
 
     def start(self, attempt: Attempt) -> None:
         """Begin an attempt, in a thread."""
@@ -159,6 +151,11 @@ class InProcess:
             for _ in self.ended():
                 pass
 
+    def tidy(self) -> None:
+        """Remove containers whose end was seen, and which an engine that was away then did not remove."""
+        with suppress(OasisError):
+            open_engine(self._settings).reap(self._shards.batch.plan.run_id)
+
 
 @contextmanager
 def in_process(shards: Shards, settings: Settings) -> Iterator[InProcess]:
@@ -170,6 +167,8 @@ def in_process(shards: Shards, settings: Settings) -> Iterator[InProcess]:
         except BaseException:
             fan_out.stop()
             raise
+        else:
+            fan_out.tidy()
         finally:
             reservations.release(shards.workspace)
 

@@ -7,15 +7,18 @@ killed whenever, what the ledger says is so, and what it does not say is done ag
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .errors import StoreUnavailable
 from .manifest import Summary
 from .schedule import Attempt, Ending
 from .store import Location, Notes
 
 FOLDER = "batch/ledger"
+PATIENCE_SECONDS, POLL_SECONDS = 600.0, 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +89,21 @@ class Ledger:
     def __init__(self, output: Location) -> None:
         self._notes = Notes(output.child(FOLDER))
 
-    def write(self, row: Row) -> None:
-        """Write down what became of a shard."""
-        self._notes.write(f"{row.shard}.json", row.line())
+    def write(self, row: Row, go_on: Callable[[], None] = lambda: None) -> None:
+        """Write down what became of a shard. A store that is away is waited for, ten minutes long: what is not written is done again.
+
+        Meanwhile `go_on` is called, and may raise.
+        """
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                self._notes.write(f"{row.shard}.json", row.line())
+                return
+            except StoreUnavailable:
+                if time.monotonic() > until:
+                    raise
+            time.sleep(POLL_SECONDS)
+            go_on()
 
     def read(self, shard: str) -> Row | None:
         """What became of a shard; `None` if it is not known."""

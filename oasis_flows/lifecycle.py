@@ -32,7 +32,7 @@ from .log import last_lines
 from .machine import open_engine
 from .manifest import Summary
 from .plan import Plan
-from .reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE, abandon_uploads, gone, may_return, remove_rest, sweep
+from .reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE, abandon_uploads, cancel_shards, gone, may_return, remove_rest, sweep
 from .record import Account
 from .settings import Settings
 from .tasks import MARKER_PUBLISHED, MARKER_RUN, stage_seconds
@@ -161,6 +161,8 @@ def _sweep(here: Settings) -> None:
 def clean_up(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
     """Remove what a cancelled or crashed run may have left on this machine. Prefect calls it with exactly these names."""
     here = settings.current()
+    if state.is_cancelled():
+        cancel_shards(flow_run)
     abandon_uploads(flow_run)
     # A crashed run that can be retried then finds its workspace.
     remove_rest(flow_run, here, folder=not (state.is_crashed() and may_return(flow_run)))

@@ -23,7 +23,7 @@ from .engines import Engine, ImageEngine
 from .errors import DescriptionError, UnsupportedByEngine
 from .job import RegistryLogin
 from .settings import Settings
-from .snapshots import nodes_in
+from .snapshots import GPU_TOLERATIONS, nodes_in
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _kubernetes_engine(settings: Settings) -> Engine:
         owner=owner,
         gpu_resource=str(here.gpu.get("resource") or "nvidia.com/gpu"),
         gpu_node_selector=here.gpu.get("nodeSelector") or {},
-        gpu_tolerations=tuple(here.gpu.get("tolerations") or ({"key": "nvidia.com/gpu", "operator": "Exists"},)),
+        gpu_tolerations=tuple(here.gpu.get("tolerations") or GPU_TOLERATIONS),
         ephemeral_bytes=here.ephemeral_bytes,
         pending_seconds=here.pending_seconds,
         carrier=here.carrier,
@@ -186,6 +186,11 @@ def nodes_now(settings: Settings, without: str | None = None) -> tuple[Node, ...
         return nodes
     requested = reduce(Vector.plus, others.values(), nodes[0].requested)
     return (replace(nodes[0], requested=requested),)
+
+
+def grows(settings: Settings) -> bool:
+    """Are machines made when they are needed? Then there are more than `nodes_now` can tell."""
+    return settings.engine == "kubernetes" and settings.kubernetes.grows and settings.capacity is None
 
 
 def read_nodes(path: Path) -> tuple[Node, ...]:

@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from http.client import NOT_FOUND
 from socket import gethostname
 from typing import Any
 from uuid import UUID
 
+from httpx import HTTPStatusError
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -27,10 +29,10 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
     FlowRunFilterTags,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
+from prefect.client.schemas.objects import FlowRun, State, StateType, Worker, WorkerStatus
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.states import Cancelled, Crashed
+from prefect.states import Cancelled, Cancelling, Crashed
 
 from . import caches, documents, lease, store, workspace
 from .artifacts import tell_failure
@@ -193,6 +195,8 @@ def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> bool:
             with _noted("The failure of run %s could not be told", run.id):
                 tell_failure(client, run.id, run.name, verdict)
     abandon_uploads(run)
+    if cancelled:
+        cancel_shards(run)
     if cancelled or not may_return(run):
         # Nobody comes back for what it left.
         remove_rest(run, settings)
@@ -235,14 +239,26 @@ def _end(client: SyncPrefectClient, run: FlowRun, begin_seconds: float) -> bool:
     if crashed:
         with _noted("The failure of run %s could not be told", run.id):
             tell_failure(client, run.id, run.name, verdict)
+    else:
+        cancel_shards(run)
     return True
 
 
 def worker_is_gone(client: SyncPrefectClient, run: FlowRun) -> bool:
     """Has the server missed the signs of life of the worker that took the run?"""
     name, pool = run.labels.get(LABEL_WORKER), run.labels.get(LABEL_POOL)
-    workers = client.read_workers_for_work_pool(str(pool)) if pool else []
+    workers = workers_of(client, str(pool)) if pool else []
     return name is not None and all(each.status is WorkerStatus.OFFLINE for each in workers if each.name == name)
+
+
+def workers_of(client: SyncPrefectClient, pool: str) -> list[Worker]:
+    """The workers of a pool; none where somebody has deleted it."""
+    try:
+        return client.read_workers_for_work_pool(pool)
+    except HTTPStatusError as error:
+        if error.response.status_code != NOT_FOUND:
+            raise
+        return []
 
 
 def age(state: State[Any]) -> float:
@@ -285,6 +301,21 @@ def _drop_fetched(settings: Settings, place: Workspace) -> None:
     with _noted("Images that run %s had fetched may be left behind", place.run_id):
         for name in fetched(place):
             image_engine(settings).forget(name)
+
+
+def cancel_shards(run: FlowRun) -> None:
+    """Have the runs cancelled that are shards of this batch, which was; most runs are none and have none. It raises nothing."""
+    under_way = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED]
+    shards = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=under_way)),
+        tags=FlowRunFilterTags(all_=[f"{SHARD_TAG}{run.id}"]),
+    )
+    with _noted("The shards of batch %s may go on", run.id), get_client(sync_client=True) as client:
+        known = set[UUID]()
+        while found := {each.id for each in client.read_flow_runs(flow_run_filter=shards)} - known:
+            for shard_id in found:
+                client.set_flow_run_state(shard_id, Cancelling())
+            known |= found
 
 
 def abandon_uploads(run: FlowRun) -> None:

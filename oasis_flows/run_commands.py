@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -18,16 +18,17 @@ from prefect.client.schemas.objects import State
 from pydantic import SecretStr
 
 from . import documents, progress, settings
+from .batch_record import called_by
 from .batching import Options as BatchOptions, cut, demand_of, list_files, places, places_when_empty
 from .blocks import Algorithm, Dataset, DatasetStore
-from .capacity import Node, described, too_big
+from .capacity import described, quantity, too_big
 from .command import from_text
 from .errors import DescriptionError, OasisError
 from .flows.algorithm_task import algorithm_task
 from .flows.batch import batch as batch_flow
 from .job import counted, human_bytes
 from .ledger import Ledger
-from .machine import nodes_now, read_nodes
+from .machine import grows, nodes_now, read_nodes
 from .oscar import parse_config, resources_of
 from .oscar_cluster import ask_service
 from .plan import Plan, plan_run
@@ -36,6 +37,7 @@ from .running import LogSource, begin_again, open_log
 from .schedule import Ending
 from .settings import Settings
 from .verdict import judge
+from .work_pool import WINDOW
 
 Options = argparse.Namespace
 
@@ -51,12 +53,12 @@ def run(options: Options) -> int:
 
 
 def batch(options: Options) -> int:
-    given = _given_by_oscar(options) if options.oscar_config else _given(options)
+    given = _given(options)
     chosen = _batch_options(options)
     # What is wrong with the options is said before there is a run of them.
     BatchOptions(**chosen)
     given = {**given, **chosen, **({"fan_out": options.fan_out} if options.fan_out else {})}
-    with _shown():
+    with _shown(), called_by(_oscar_words(options)):
         if options.resume:
             state = begin_again(options.resume, batch_flow, given, settings.current())
         else:
@@ -65,11 +67,11 @@ def batch(options: Options) -> int:
 
 
 def plan_batch(options: Options) -> int:
-    here, chosen = settings.current(), BatchOptions(**_batch_options(options))
-    given = _given(options)
+    here, given = settings.current(), _given(options)
+    chosen = BatchOptions(**_batch_options(options))
     plan = plan_run(
-        documents.load(Algorithm, given["algorithm"]),
-        documents.load(Dataset, given["input_dataset"]),
+        documents.resolved(Algorithm, given["algorithm"]),
+        documents.resolved(Dataset, given["input_dataset"]),
         output_name=given["output_name"],
         store=documents.load(DatasetStore, given["store"]) if given["store"] else documents.find(DatasetStore, "default"),
         parameters=given["parameters"],
@@ -77,34 +79,44 @@ def plan_batch(options: Options) -> int:
         run_id=str(uuid4()),
         attempt=1,
     )
-    nodes = read_nodes(Path(options.capacity)) if options.capacity else nodes_now(here)
-    facts = _planned(plan, chosen, nodes, here)
+    facts = _planned(plan, chosen, *_room(plan, chosen, options, here))
     if options.resume:
         facts["finished"] = _finished(open_log(options.resume, here))
     print(json.dumps(facts) if options.json else "\n".join(_told(facts)))
     return 0
 
 
-def _planned(plan: Plan, chosen: BatchOptions, nodes: Sequence[Node], here: Settings) -> dict[str, Any]:
+def _room(plan: Plan, chosen: BatchOptions, options: Options, here: Settings) -> tuple[int, dict[str, Any]]:
+    """How many containers the shards are made for, and what there is to say of how many run at once."""
+    if options.fan_out == "work-pool":
+        most = chosen.max_parallel or WINDOW
+        limit = "max_parallel" if chosen.max_parallel else "the pool, and its workers"
+        return most, {"nodes": [], "at_once": most, "limit": limit, "too_big": None}
+    nodes = read_nodes(Path(options.capacity)) if options.capacity else nodes_now(here)
+    more = grows(here) and not options.capacity
+    at_once, found = places(plan, nodes, chosen, here.headroom, grows=more)
+    why = "" if more else too_big(nodes, demand_of(plan), headroom=here.headroom)
+    most = 1 if why else places_when_empty(plan, nodes, chosen, here.headroom, grows=more)
+    fits = [
+        {"name": node.name, "free": described(node, here.headroom), "fit": count}
+        for node, count in zip(nodes, found.nodes, strict=True)
+    ]
+    limit = "max_parallel" if at_once < found.count else found.limit
+    return most, {"nodes": fits, "at_once": at_once, "limit": limit, "too_big": why or None}
+
+
+def _planned(plan: Plan, chosen: BatchOptions, most: int, room: Mapping[str, Any]) -> dict[str, Any]:
     """What a batch would do that began now."""
     with TemporaryDirectory() as folder, Bar() as bar:
         listing, _ = list_files(plan, chosen, Path(folder))
         bar.show("found", listing.file_count, None, listing.size_bytes, None)
-    why = too_big(nodes, demand_of(plan), headroom=here.headroom)
-    layout, bytes = cut(listing, chosen, 1 if why else places_when_empty(plan, nodes, chosen, here.headroom))
-    at_once, found = places(plan, nodes, chosen, here.headroom)
+    layout, bytes = cut(listing, chosen, most)
     files = [shard.files for shard in layout]
     return {
         "files": listing.file_count,
         "bytes": listing.size_bytes,
         "needs": str(demand_of(plan)),
-        "nodes": [
-            {"name": node.name, "free": described(node, here.headroom), "fit": count}
-            for node, count in zip(nodes, found.nodes, strict=True)
-        ],
-        "at_once": at_once,
-        "limit": "max_parallel" if at_once < found.count else found.limit,
-        "too_big": why or None,
+        **room,
         "shards": len(layout),
         "files_per_shard": [min(files), max(files)],
         "bytes_per_shard": [min(bytes), max(bytes)],
@@ -136,6 +148,13 @@ def _told(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _given(options: Options) -> dict[str, Any]:
     """The parameters that all flows have. Documents stay names, and are known to exist."""
+    if getattr(options, "oscar_config", None):
+        return _given_by_oscar(options)
+    if getattr(options, "service_cpus", None) or getattr(options, "service_memory", None):
+        raise DescriptionError(
+            "--service-cpus and --service-memory are about the service of an OSCAR-Batch configuration, and there is none. Give "
+            "--oscar-config, or write `cpus` and `memory` into the Algorithm document."
+        )
     if options.dataset is None:
         raise DescriptionError("There is no DATASET. Give the name of a Dataset document, or --oscar-config.")
     algorithm = documents.load(Algorithm, options.algorithm)
@@ -163,9 +182,10 @@ def _given_by_oscar(options: Options) -> dict[str, Any]:
         raise DescriptionError(
             f"{options.oscar_config} cannot be read: {error.strerror}. Give the path of a config.json."
         ) from None
-    resources = {"cpu": options.service_cpus, "memory": options.service_memory}
-    if None in resources.values():
-        resources = {**ask_service(config), **{name: value for name, value in resources.items() if value is not None}}
+    said = {"cpu": ("--service-cpus", options.service_cpus), "memory": ("--service-memory", options.service_memory)}
+    resources = {name: _amount(*each) for name, each in said.items() if each[1] is not None}
+    if len(resources) < len(said):
+        resources = {**ask_service(config), **resources}
     algorithm = documents.load(Algorithm, options.algorithm)
     store = DatasetStore(
         url=config.dataset_url,
@@ -182,6 +202,23 @@ def _given_by_oscar(options: Options) -> dict[str, Any]:
         "store": options.store,
         "parameters": from_text(algorithm.parameters, _pairs(options.parameter)) or None,
     }
+
+
+def _amount(option: str, text: str) -> str:
+    try:
+        quantity(text)
+    except DescriptionError as error:
+        raise DescriptionError(f"{option}: {error}") from None
+    return text
+
+
+def _oscar_words(options: Options) -> list[str]:
+    """What a command line says again to mean the same configuration of OSCAR-Batch; nothing where there is none."""
+    if not options.oscar_config:
+        return []
+    service = [("--service-cpus", options.service_cpus), ("--service-memory", options.service_memory)]
+    said = [word for name, value in service if value is not None for word in (name, value)]
+    return [options.algorithm, "--oscar-config", str(Path(options.oscar_config).absolute()), *said]
 
 
 def _batch_options(options: Options) -> dict[str, Any]:

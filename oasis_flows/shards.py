@@ -116,7 +116,7 @@ class Shards:
                 url=plan.output.url,
                 log=f"{plan.output.url}/log.txt",
             )
-            self.ledger.write(done)
+            self.ledger.write(done, self._go_on)
             return Outcome(Ending.DONE, done)
         except OasisError as error:
             if self.stop.is_set():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .capacity import Node, Vector, byte_count, millicpus, quantity
 from .errors import DescriptionError
 
 Json = Mapping[str, Any]
+
+# What a container with a GPU puts up with on Kubernetes, unless the settings say otherwise.
+GPU_TOLERATIONS: Sequence[Json] = ({"key": "nvidia.com/gpu", "operator": "Exists"},)
 
 # No engine of this package says how many containers it takes; a machine has other limits before that.
 MANY = 1 << 20
@@ -77,10 +80,11 @@ def _wants_gpu(request: Json) -> bool:
     return any("gpu" in names for names in request.get("Capabilities") or ())
 
 
-def kubernetes_nodes(listing: Json) -> tuple[Node, ...]:
+def kubernetes_nodes(listing: Json, gpu_tolerations: Sequence[Json] = GPU_TOLERATIONS) -> tuple[Node, ...]:
     """A cluster's nodes: what is allocatable, less the requests of pods that are scheduled and have not finished.
 
-    A node that is cordoned, not ready, or tainted against ordinary pods is closed. A pod's request is what the scheduler
+    A node that is cordoned, not ready, or tainted against ordinary pods is closed; where these tolerations, which pods with
+    GPUs have, put up with its taints, it is open to such pods alone. A pod's request is what the scheduler
     counts: its containers together or, where that is more, its largest initial container, sidecars added to both.
     """
     items = listing["items"]
@@ -96,21 +100,35 @@ def kubernetes_nodes(listing: Json) -> tuple[Node, ...]:
                 pods=int(quantity(item["status"]["allocatable"].get("pods", MANY)))
             ),
             requested=requested.get(item["metadata"]["name"], Vector()),
-            closed=_closed(item),
+            **_closed(item, gpu_tolerations),
         )
         for item in items
         if "allocatable" in item["status"]
     )
 
 
-def _closed(node: Json) -> str:
+def _closed(node: Json, gpu_tolerations: Sequence[Json]) -> dict[str, Any]:
+    """What closes a node, as fields of `Node`. The cluster's own taints are signs of a trouble that passes."""
     ready = [each["status"] for each in node["status"].get("conditions", ()) if each["type"] == "Ready"]
     if ready and ready[0] != "True":
-        return "not ready"
+        return {"closed": "not ready", "for_now": True}
     if node["spec"].get("unschedulable"):
-        return "cordoned"
-    taints = [each["key"] for each in node["spec"].get("taints", ()) if each["effect"] in ("NoSchedule", "NoExecute")]
-    return f"tainted {taints[0]}" if taints else ""
+        return {"closed": "cordoned", "for_now": True}
+    taints = [each for each in node["spec"].get("taints", ()) if each["effect"] in ("NoSchedule", "NoExecute")]
+    minded = [each for each in taints if not any(_tolerates(toleration, each) for toleration in gpu_tolerations)]
+    if minded:
+        for_now = all(each["key"].startswith("node.kubernetes.io/") for each in minded)
+        return {"closed": f"tainted {minded[0]['key']}", "for_now": for_now}
+    return {"gpus_only": bool(taints)}
+
+
+def _tolerates(toleration: Json, taint: Json) -> bool:
+    """Does a pod with this toleration put up with the taint, by Kubernetes's rules?"""
+    if toleration.get("effect") not in (None, "", taint["effect"]):
+        return False
+    if toleration.get("operator") == "Exists":
+        return toleration.get("key") in (None, "", taint["key"])
+    return toleration.get("key") == taint["key"] and (toleration.get("value") or "") == (taint.get("value") or "")
 
 
 def _pod_request(spec: Json) -> Vector:
@@ -156,6 +174,7 @@ def oscar_nodes(status: Json) -> tuple[Node, ...]:
             allocatable=Vector(_whole(row["cpu"]["capacity_cores"]), _whole(row["memory"]["capacity_bytes"]), _gpus(row), MANY),
             requested=Vector(_whole(row["cpu"]["request_cores"]), _whole(row["memory"]["request_bytes"])),
             closed=_oscar_closed(row),
+            for_now=not _true(row.get("is_interlink")),
         )
         for row in status["cluster"]["nodes"]
     )

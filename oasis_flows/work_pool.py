@@ -21,13 +21,13 @@ from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, WorkerStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.states import Cancelling
 
 from . import errors, store
-from .artifacts import FAILED_TAG
+from .artifacts import FAILED_TAG, Waiting
 from .batching import Batch
 from .documents import PATIENCE_SECONDS, patiently
 from .errors import DescriptionError, OasisError, ProcessGone
@@ -35,7 +35,7 @@ from .job import Reason
 from .ledger import Ledger, Row
 from .manifest import Summary
 from .plan import ShardOf
-from .reaper import LABEL_HOST, LABEL_WORKER, SHARD_TAG, age, worker_is_gone
+from .reaper import LABEL_HOST, LABEL_WORKER, SHARD_TAG, age, worker_is_gone, workers_of
 from .schedule import Attempt, Ending
 from .shards import Outcome, ending_of, ending_of_reason
 
@@ -46,6 +46,8 @@ POLL_SECONDS = 1.0
 # A worker counts as gone when the server has missed its sign of life for some 90 s. One that was started anew under its old name
 # never does; then it is the time that the reaper allows, too. It writes its name on a run right after it has taken it.
 LOOK_SECONDS, NEVER_NAMED_SECONDS = 15.0, 120.0
+# A worker that is there looks for runs every few seconds.
+UNTAKEN_SECONDS = 30.0
 _PAGE = 200
 
 
@@ -60,6 +62,7 @@ class WorkPool:
     begin_seconds: float
     under_way: dict[UUID, Attempt] = field(default_factory=dict)
     looked: float = field(default_factory=time.monotonic)
+    waiting: Waiting = field(default_factory=lambda: Waiting(LOOK_SECONDS))
 
     def room(self, wanted: int) -> int:  # noqa: ARG002
         """A window of runs: the pool's and the queue's own limits say how many of them run."""
@@ -105,6 +108,7 @@ class WorkPool:
         if time.monotonic() - self.looked >= LOOK_SECONDS:
             self.looked = time.monotonic()
             known = {run.id: run for run in runs}
+            self.waiting.tell(patiently(partial(_waited_for, runs)))
             for run_id in list(self.under_way):
                 if run_id not in known or patiently(partial(_never_begins, known[run_id], self.begin_seconds)):
                     self._make_again(run_id)
@@ -173,7 +177,7 @@ class WorkPool:
         return Outcome(ending, row, error)
 
     def cancel(self) -> None:
-        """Cancel what is under way; the workers end it, as any cancelled run."""
+        """Cancel what is under way; the workers end it, as any cancelled run. What this misses is for `reaper.cancel_shards`."""
         for run_id in self.under_way:
             with suppress(Exception), get_client(sync_client=True) as client:
                 client.set_flow_run_state(run_id, Cancelling())
@@ -218,6 +222,24 @@ def _delete(run_id: UUID) -> None:
 
 def _is_over(run: FlowRun) -> bool:
     return run.state is not None and run.state.is_final()
+
+
+def _waited_for(runs: list[FlowRun]) -> str:
+    """What none of the runs, which have been there for a while, has been taken for; empty where one has."""
+    left = [run for run in runs if not _is_over(run)]
+    if not left or not all(run.state and run.state.is_scheduled() and age(run.state) >= UNTAKEN_SECONDS for run in left):
+        return ""
+    pool = left[0].work_pool_name
+    if pool is None:
+        return f"the deployment {DEPLOYMENT} is on no work pool. Make it anew: prefect deploy --all"
+    with get_client(sync_client=True) as client:
+        workers = workers_of(client, pool)
+    if any(worker.status is WorkerStatus.ONLINE for worker in workers):
+        return (
+            f"the workers of the pool {pool} take none of its runs. See what else they run, the limits of pool and queue, and whether one "
+            "of these is paused"
+        )
+    return f"no worker of the pool {pool} is there. Start one: prefect worker start --pool {pool}"
 
 
 def _never_begins(run: FlowRun, begin_seconds: float) -> bool:

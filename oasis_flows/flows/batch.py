@@ -22,7 +22,7 @@ from ..errors import DescriptionError
 from ..fan_out import carry_out, in_process, schedule_of
 from ..ledger import Ledger
 from ..lifecycle import announce, clean_up, owned_workspace
-from ..machine import nodes_now
+from ..machine import grows, nodes_now
 from ..oscar import INDEX
 from ..plan import SHARDS, plan_run
 from ..record import Account
@@ -127,7 +127,8 @@ def batch(
             )
             announce(plan)
             if fan_out == "in-process":
-                at_once = places_when_empty(plan, nodes_now(here, without=plan.run_id), options, here.headroom)
+                nodes = nodes_now(here, without=plan.run_id)
+                at_once = places_when_empty(plan, nodes, options, here.headroom, grows=grows(here))
                 account.image = image = prepare_image(plan, workspace, here)
             else:
                 at_once, image = max_parallel or WINDOW, plan.image.image_id or plan.image.image_file or ""

@@ -15,7 +15,7 @@ from .anywhere import Anywhere
 from .dataset import DATA, LOG, MANIFEST, RECORD, Published, published, read_manifest, read_record, scan
 from .folder import Folder
 from .listing import Listing, changes, read_slice, save_listing, write_listing
-from .merging import begin, commit, merge
+from .merging import begin, commit, merge, rewrite_record
 from .notes import Notes
 from .publishing import publish
 from .staging import fetch_to, stage, stage_files
@@ -44,6 +44,7 @@ __all__ = [
     "read_manifest",
     "read_record",
     "read_slice",
+    "rewrite_record",
     "save_listing",
     "scan",
     "stage",

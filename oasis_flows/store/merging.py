@@ -62,6 +62,11 @@ def commit(location: Location, *, beside: Mapping[str, Path], log: Path, record:
             store.write(MANIFEST, chunks_of(descriptor, str(manifest)), manifest.stat().st_size, last=True)
 
 
+def rewrite_record(location: Location, record: bytes) -> None:
+    """Have the record of a published dataset say something else of it; its files and manifest stay."""
+    files(location).write(RECORD, [record], len(record), last=True)
+
+
 def _lines_of(location: Location, known: tuple[str, str | None]) -> list[bytes]:
     part, digest = known
     entries = Published(location=location.child(part), record={"output": {"manifest_digest": digest}}).entries()

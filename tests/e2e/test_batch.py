@@ -217,8 +217,8 @@ from oasis_flows import batch, fan_out
 
 real, mine, other = fan_out.places, Path(sys.argv[1]), Path(sys.argv[2])
 
-def places(*given):
-    found = real(*given)
+def places(*given, **more):
+    found = real(*given, **more)
     mine.touch()
     until = time.monotonic() + 6
     while not other.exists() and time.monotonic() < until:
@@ -321,6 +321,34 @@ def test_shards_can_be_flow_runs_of_a_work_pool_and_outlive_the_batchs_process(d
     assert "All of the 1 file failed" in alone.stdout
 
 
+def test_a_cancel_of_a_batch_cancels_its_shards_on_the_workers(deployed, worker, docker_api, busybox, letters):
+    name = f"cancelled-{uuid.uuid4().hex[:8]}"
+    algorithm(busybox, "sleep 600").save(name)
+    letters(6).save(name)
+    deployment = deployed.api("/deployments/name/batch/batch")
+    given = {
+        key: {"$ref": {"block_document_slug": f"{kind}/{name}"}}
+        for key, kind in (("algorithm", "algorithm"), ("input_dataset", "dataset"))
+    }
+    parameters = {**given, "files_per_shard": 1, "max_parallel": 3, "fan_out": "work-pool"}
+    run_id = deployed.api(f"/deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})["id"]
+    wanted = {"flow_runs": {"tags": {"all_": [f"batch:{run_id}"]}}}
+
+    def shards():
+        return {each["id"]: each["state_type"] for each in deployed.api("/flow_runs/filter", wanted)}
+
+    eventually(lambda: any(containers(docker_api, shard) for shard in shards()), 180)
+    deployed.run("prefect", "flow-run", "cancel", run_id)
+
+    assert deployed.wait_for(run_id, "CANCELLED", "CRASHED", "FAILED", seconds=90)["state_type"] == "CANCELLED"
+    eventually(lambda: set(shards().values()) == {"CANCELLED"}, 120)
+    eventually(lambda: not any(containers(docker_api, shard) for shard in shards()), GRACE + 2)
+    output = Path(deployed.api(f"/flow_runs/{run_id}")["labels"]["oasis.output"])
+    assert not (output / "manifest.jsonl").exists()
+    assert finished(output) == {}
+    assert len(shards()) == 3
+
+
 def test_a_store_that_is_away_while_outcomes_are_read_is_waited_for(deployed, worker, busybox, letters, s3):
     name = f"away-{uuid.uuid4().hex[:8]}"
     algorithm(busybox).save(name)
@@ -372,6 +400,7 @@ class Cluster(BaseHTTPRequestHandler):
 FISH = """
 S=$(sed 's/.*"start": \\([0-9]*\\).*/\\1/' "$INPUT_FILE_PATH"); E=$(sed 's/.*"end": \\([0-9]*\\).*/\\1/' "$INPUT_FILE_PATH")
 sed -n "${S},${E}p" "$BUCKET_DIR/input/index.txt" | while read line; do
+  ! grep -q broken "$BUCKET_DIR/$line" || exit 9
   tr a-z A-Z < "$BUCKET_DIR/$line" > "$BUCKET_DIR/output/$(basename "$line" .jpg).json"
 done
 """
@@ -381,6 +410,7 @@ def test_an_oscar_batch_configuration_runs_as_it_is(prefect_server, here, begin,
     bucket, client, name = s3.new_bucket(), s3.client(), f"fish-{uuid.uuid4().hex[:8]}"
     for number in range(9):
         client.put_object(Bucket=bucket, Key=f"input/{number}.jpg", Body=f"picture {number}".encode())
+    client.put_object(Bucket=bucket, Key="input/x.jpg", Body=b"broken")
     fish = DockerImage(image_id=busybox)
     Algorithm(docker_image=fish, command=["sh", "-c", FISH], environment={"BUCKET_DIR": "/work"}, memory="1TiB").save(name)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Cluster)
@@ -396,12 +426,16 @@ def test_an_oscar_batch_configuration_runs_as_it_is(prefect_server, here, begin,
         "service": {"name": "fish-detector"},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    process = begin(name, "--oscar-config", str(tmp_path / "config.json"), "--include", "*.jpg", "--shards", "3", "--json")
+    options = [name, "--oscar-config", str(tmp_path / "config.json"), "--include", "*.jpg", "--shards", "3", "--json"]
+    planned = prefect_server.run("oasis-flows", "plan", "batch", *options, OASIS_FLOWS_HOME=str(here))
+    process = begin(*options)
     said, _ = process.communicate(timeout=180)
-    server.shutdown()
 
-    assert process.returncode == 0, said
-    told = json.loads(said.splitlines()[-1])
+    assert json.loads(planned.stdout)["files"] == 10
+    assert json.loads(planned.stdout)["needs"].startswith("0.1 processors, 32.0 MiB")
+    assert process.returncode == 1, said
+    told = next(json.loads(line) for line in said.splitlines() if line.startswith("{"))
+    assert told["message"].startswith("1 of 10 files failed"), told
     output = Path(told["url"])
     found = {row["path"]: row["at"] for row in map(json.loads, (output / "manifest.jsonl").read_text().splitlines())}
     assert {path: (output / at).read_text() for path, at in found.items()} == {
@@ -409,5 +443,10 @@ def test_an_oscar_batch_configuration_runs_as_it_is(prefect_server, here, begin,
     }
     run = prefect_server.api(f"/flow_runs/{told['flow_run_id']}")
     kept = [path.read_text(errors="replace") for path in output.rglob("*") if path.is_file()]
+    failed = json.loads((output / "failed.jsonl").read_text())
+    alone = prefect_server.run(*shlex.split(failed["command"]), "--json", check=False, OASIS_FLOWS_HOME=str(here))
+    server.shutdown()
+    assert alone.returncode == 1, alone.stdout + alone.stderr
+    assert json.loads(alone.stdout)["message"].startswith("All of the 1 file failed")
     for secret in (s3.secret_key, "p4ssword"):
-        assert secret not in said + json.dumps(run) + "".join(kept)
+        assert secret not in said + json.dumps(run) + "".join(kept) + alone.stdout + alone.stderr

@@ -2,20 +2,25 @@
 
 import json
 import re
+import shlex
 import threading
 import time
 import uuid
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun
 from prefect.flow_engine import run_flow
-from prefect.states import Scheduled
+from prefect.states import Cancelled, Completed, Crashed, Pending, Running, Scheduled
 
-from oasis_flows import artifacts, documents, fan_out, reservations, schedule
+from oasis_flows import artifacts, documents, fan_out, ledger, reservations, schedule
 from oasis_flows.__main__ import main
+from oasis_flows.batching import Options, places, places_when_empty
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
-from oasis_flows.capacity import Vector
+from oasis_flows.capacity import Node, Vector
 from oasis_flows.errors import (
     AlgorithmFailed,
     ContainerLost,
@@ -25,12 +30,20 @@ from oasis_flows.errors import (
     EngineUnavailable,
     FilesFailed,
     NoCapacity,
+    StoreDenied,
+    StoreUnavailable,
 )
 from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.flows.batch import batch
 from oasis_flows.job import ContainerExit, Reason
-from oasis_flows.machine import stand_in
+from oasis_flows.ledger import Ledger
+from oasis_flows.lifecycle import clean_up
+from oasis_flows.machine import grows, stand_in
+from oasis_flows.plan import plan_run
+from oasis_flows.settings import current
+from oasis_flows.store import Notes
 from oasis_flows.testing import FakeEngine, host_path
+from oasis_flows.work_pool import _never_begins, _waited_for
 from oasis_flows.workspace import open_workspace
 
 IMAGE = DockerImage(image_id="upper:1")
@@ -160,7 +173,15 @@ def test_one_dataset_comes_out_whose_manifest_points_into_the_shards(ran, notes)
     assert not done.workspace.exists()
     document = documents.find(Dataset, done.result._block_document_name)
     assert (document.url, document.file_count) == (str(done.folder), 30)
-    assert len(done.artifacts["oasis-batch"]) > 100
+    table = json.loads(done.artifacts["oasis-batch"])
+    assert [(row["shard"], row["files"], row["status"], row["attempts"], row["exit"]) for row in table] == [
+        ("0", "0-6", "published", 1, 0),
+        ("1", "7-13", "published", 1, 0),
+        ("2", "14-20", "published", 1, 0),
+        ("3", "21-27", "published", 1, 0),
+        ("4", "28-29", "published", 1, 0),
+    ]
+    assert all(row["seconds"] > 0 and Path(row["log"]).read_bytes() == b"done\n" for row in table)
     assert "30 files" in done.artifacts["oasis-run"]
 
 
@@ -224,6 +245,29 @@ def test_an_algorithm_bigger_than_any_machine_is_refused_at_once(ran, notes):
     assert time.monotonic() - began < 20
 
 
+class Forgetful(FakeEngine):
+    """An engine that was away when its containers had ended, and still has them."""
+
+    left = 0
+
+    def run(self, job, log):
+        self.left += 1
+        return super().run(job, log)
+
+    def reap(self, run_id=None, **_):
+        if run_id is not None and self.jobs and self.jobs[0].run_id.startswith(f"{run_id}."):
+            self.left = 0
+        return ()
+
+
+def test_no_container_outlives_a_batch_though_the_engine_was_away_when_it_ended(ran, notes):
+    engine = Forgetful(upper)
+    done = ran(engine, notes("a", "b"), files_per_shard=1)
+
+    assert done.run["state_type"] == "COMPLETED", done.result
+    assert (len(engine.jobs), engine.left) == (2, 0)
+
+
 class Busy(FakeEngine):
     """An engine whose machine is full at first."""
 
@@ -247,6 +291,52 @@ def test_a_full_machine_is_waited_for_and_said_to_be(ran, notes):
         time.sleep(0.2)
     assert "too few processors are free for 1 processors" in str(done.server.api("/logs/filter", wanted))
     assert done.artifacts["oasis-waiting"].startswith("The batch ")
+
+
+def test_a_snapshot_that_is_being_written_anew_is_waited_for(ran, notes, tmp_path, monkeypatch):
+    capacity = tmp_path / "nodes.json"
+    table = json.dumps({"nodes": [{"name": "a", "cpus": 4, "memory": "64Gi"}]})
+    capacity.write_text(table)
+    monkeypatch.setenv("OASIS_FLOWS_CAPACITY", str(capacity))
+
+    def rewriting(job, log):
+        capacity.write_text(table[:20])
+        time.sleep(0.5)
+        capacity.write_text(table)
+        return upper(job, log)
+
+    done = ran(FakeEngine(rewriting), notes("a", "b", "c"), files_per_shard=1, max_parallel=1)
+
+    assert done.run["state_type"] == "COMPLETED", done.result
+    assert done.artifacts["oasis-waiting"].startswith("The batch ")
+
+
+def test_it_is_said_what_shards_wait_for_that_no_worker_takes(prefect_server):
+    pool = f"pool-{uuid.uuid4().hex[:8]}"
+
+    def run(state, seconds):
+        state.timestamp -= timedelta(seconds=seconds)
+        return FlowRun(flow_id=uuid.uuid4(), state=state, work_pool_name=pool)
+
+    old = [run(Scheduled(), 40), run(Completed(), 60)]
+    assert f"no worker of the pool {pool} is there. Start one" in _waited_for(old)
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
+        assert "Start one" in _waited_for(old)
+        client._client.post(f"/work_pools/{pool}/workers/heartbeat", json={"name": "w", "heartbeat_interval_seconds": 60})
+    assert f"the workers of the pool {pool} take none" in _waited_for(old)
+    assert _waited_for([*old, run(Running(), 40)]) == ""
+    assert _waited_for([*old, run(Scheduled(), 1)]) == ""
+    assert _waited_for([run(Completed(), 60)]) == ""
+
+
+def test_a_pool_that_somebody_deleted_has_no_worker_and_ends_no_batch(prefect_server):
+    labels = {"prefect.worker.name": "w", "prefect.work-pool.name": f"pool-{uuid.uuid4().hex[:8]}"}
+    with get_client(sync_client=True) as client:
+        taken = client.create_flow_run(algorithm_task, state=Pending())
+        client.update_flow_run_labels(taken.id, labels)
+        found = client.read_flow_run(taken.id)
+    assert _never_begins(found, 3600)
 
 
 class Shared(FakeEngine):
@@ -326,6 +416,81 @@ def test_a_plan_says_what_would_be_done_and_starts_nothing(prefect_server, here,
     assert engine.jobs == []
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--service-cpus", "1"], "there is none. Give --oscar-config"),
+        (["--oscar-config", "CONFIG", "--service-cpus", "x"], "--service-cpus: 'x' is not a quantity"),
+        (["--oscar-config", "CONFIG", "--service-cpus", "1"], "names no cluster that could be asked"),
+        (["--oscar-config", "CONFIG", "DATASET"], "Both DATASET and --oscar-config"),
+        (["--oscar-config", "MISSING"], "cannot be read: No such file"),
+        ([], "There is no DATASET"),
+    ],
+)
+@pytest.mark.parametrize("command", [["batch"], ["plan", "batch"]])
+def test_what_is_wrong_with_a_command_line_is_said(prefect_server, here, notes, tmp_path, capsys, command, words, said):
+    name = f"wrong-{uuid.uuid4().hex[:8]}"
+    Algorithm(docker_image=IMAGE).save(name)
+    notes("a").save(name)
+    config = {
+        "MinIO": {"url": "minio.invalid", "access_key": "minio", "secret_key": "s3cret"},
+        "bucket": {"name": "fish", "folder_prefix": "input/"},
+        "output": {"file": "index.txt"},
+        "service": {"name": "fish"},
+    }
+    (tmp_path / "CONFIG").write_text(json.dumps(config))
+    places = {"CONFIG": str(tmp_path / "CONFIG"), "MISSING": str(tmp_path / "MISSING"), "DATASET": name}
+    words = [places.get(word, word) for word in words]
+
+    assert main([*command, name, *([name] if "--service-cpus" in words[:1] else []), *words]) == 2
+    told = capsys.readouterr()
+    assert said in told.err
+    assert "s3cret" not in told.err + told.out
+
+
+def test_a_plan_for_a_pool_looks_at_no_machine(prefect_server, here, notes, capsys):
+    name = f"planned-{uuid.uuid4().hex[:8]}"
+    Algorithm(docker_image=IMAGE, memory="1GiB", cpus=64).save(name)
+    notes(*NAMES).save(name)
+
+    assert main(["plan", "batch", name, name, "--fan-out", "work-pool", "--files-per-shard", "7"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "at once    32 now; the limit is the pool, and its workers",
+        "shards     5, of 2 to 7 files, 16 B to 56 B",
+    ]
+    assert main(["plan", "batch", name, name, "--fan-out", "work-pool", "--max-parallel", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["at_once"], told["limit"], told["shards"], told["too_big"]) == (2, "max_parallel", 16, None)
+
+
+def test_on_a_cluster_that_grows_nothing_is_too_large_and_something_is_always_asked_for(
+    prefect_server, here, monkeypatch, tmp_path
+):
+    plan = plan_run(
+        Algorithm(docker_image=IMAGE, cpus=64),
+        Dataset(url=str(tmp_path / "in")),
+        output_name=None,
+        store=None,
+        parameters=None,
+        settings=current(),
+        run_id=str(uuid.uuid4()),
+        attempt=1,
+    )
+    small = (Node(name="small", allocatable=Vector(2000, 8 << 30, 0, 110)),)
+    with pytest.raises(NoCapacity):
+        places_when_empty(plan, small, Options(), 0.8)
+
+    assert places_when_empty(plan, small, Options(), 0.8, grows=True) == 1
+    assert places(plan, (), Options(max_parallel=7), 0.8, grows=True)[0] == 7
+    assert places(plan, small, Options(), 0.8)[0] == 0
+    monkeypatch.setenv("OASIS_FLOWS_KUBERNETES_GROWS", "true")
+    assert not grows(current())
+    monkeypatch.setenv("OASIS_FLOWS_ENGINE", "kubernetes")
+    assert grows(current())
+    monkeypatch.setenv("OASIS_FLOWS_CAPACITY", str(tmp_path / "nodes.json"))
+    assert not grows(current())
+
+
 def counting(most):
     """What runs like `upper`, but slowly, and notes in `most` how many do so at once."""
     under_way, lock = [], threading.Lock()
@@ -391,11 +556,43 @@ def test_a_file_that_breaks_the_algorithm_stands_alone_and_all_others_are_publis
     assert done.content == {name: name.upper() for name in NAMES}
     (bad,) = done.lines("failed.jsonl")
     assert (bad["file"], bad["verdict"]["code"], bad["last_lines"]) == ("b/bad.txt", "exit_nonzero", ["cannot read bad.txt"])
-    assert bad["command"].endswith("--include b/bad.txt")
+    assert bad["command"] is None
     assert Path(bad["log"]).read_bytes() == b"cannot read bad.txt\n"
     assert len(engine.jobs) <= 2 + 2 * 4
     name = done.record["output"]["name"]
     assert documents.find(Dataset, name).file_count == 30
+
+
+@pytest.mark.parametrize("oscar", [False, True])
+def test_a_failed_file_is_told_with_a_command_that_runs_it_alone(ran, notes, capsys, tmp_path, oscar):
+    def picky(job, log):
+        folder = host_path(job, "/work/input")
+        if oscar:
+            told = json.loads(host_path(job, job.environment["INPUT_FILE_PATH"]).read_text())
+            names = (folder / "names.txt").read_text().splitlines()[told["start"] - 1 : told["end"]]
+        else:
+            names = [path.name for path in folder.rglob("*") if path.is_file()]
+        seen.append(([Path(name).name for name in names], job.environment["LOUD"], job.environment["SIZE"]))
+        return int(any("bad" in name for name in names))
+
+    seen, name = [], f"picky-{uuid.uuid4().hex[:8]}"
+    algorithm = Algorithm(
+        docker_image=IMAGE, environment={"LOUD": "{loud}", "SIZE": "{size}"}, parameters={"loud": False, "size": 1.5}
+    )
+    algorithm.save(name)
+    notes("-d/a 1", "-d/bad [*]", "c").save(name)
+    DatasetStore(url=str(tmp_path / "elsewhere")).save(name)
+    more = {"oscar_compat": True, "oscar_index": "names.txt"} if oscar else {}
+    parameters = {"loud": True, "size": -2.0}
+    done = ran(FakeEngine(picky), name, name, store=name, parameters=parameters, include="-d/*", shards=1, **more)
+    (bad,) = done.lines("failed.jsonl")
+    assert bad["file"] == "-d/bad [*]"
+
+    seen.clear()
+    with stand_in(FakeEngine(picky)):
+        assert main(shlex.split(bad["command"])[1:]) == 1
+    assert seen == [(["bad [*]"], "true", "-2.0")]
+    assert len(list((tmp_path / "elsewhere").glob("*/*"))) == 2
 
 
 def test_failed_files_can_be_accepted(ran, notes):
@@ -404,6 +601,20 @@ def test_failed_files_can_be_accepted(ran, notes):
     assert done.run["state_type"] == "COMPLETED"
     assert done.content == {"a": "A", "c": "C"}
     assert done.record["verdict"]["sentence"].endswith("but for 1 file, which failed alone.")
+
+
+def test_failed_files_can_be_accepted_afterwards_and_the_record_says_so(ran, notes):
+    dataset = notes("a", "bad", "c")
+    first = ran(FakeEngine(upper), dataset)
+    before, manifest = first.record, (first.folder / "manifest.jsonl").stat().st_mtime_ns
+    engine = FakeEngine(upper)
+    second = again(first, engine, dataset, on_failed_files="accept")
+
+    assert engine.jobs == []
+    assert (before["status"], second.run["state_type"], second.record["status"]) == ("Failed", "COMPLETED", "Succeeded")
+    assert second.record["output"] == before["output"]
+    assert (second.folder / "manifest.jsonl").stat().st_mtime_ns == manifest
+    assert second.content == {"a": "A", "c": "C"}
 
 
 def test_when_every_file_fails_there_is_nothing_to_publish(ran, notes):
@@ -537,14 +748,107 @@ def test_a_change_that_leaves_a_files_size_is_noticed_before_its_shard_runs(ran,
     assert sorted(done.content) == [*"abcde"]
 
 
+@pytest.mark.parametrize(
+    ("note", "content", "words"),
+    [
+        ("head.json", '{"image": "sha2', "head.json, which says what the batch is, is damaged. Begin a new batch"),
+        ("layout.json", "[]x", "layout.json, which says what the batch is, is damaged"),
+        ("layout.json", '{"ends": [1], "bytes": [1]}', "layout.json tells of 1 files, and there are 2"),
+    ],
+)
+def test_a_batch_whose_notes_are_damaged_is_refused_as_such(ran, notes, note, content, words):
+    dataset = notes("a", "b")
+    first = ran(FakeEngine(upper), dataset)
+    (first.folder / "batch" / note).write_text(content)
+    second = again(first, FakeEngine(upper), dataset)
+
+    assert isinstance(second.result, DatasetError)
+    assert words in str(second.result)
+
+
 def test_a_batch_does_not_go_on_as_another_one(ran, notes):
     dataset = notes("a", "b", "c")
     first = ran(FakeEngine(upper), dataset)
     other = Algorithm(docker_image=IMAGE, memory="1GiB", command="something else")
     second = again(first, FakeEngine(upper), dataset, algorithm=other)
+    third = again(first, FakeEngine(upper), dataset, files_per_shard=2)
 
     assert isinstance(second.result, DescriptionError)
-    assert "was begun with another `algorithm`" in str(second.result)
+    assert 'was begun with another `algorithm`: `command` was null and is "something else". Restore it' in str(second.result)
+    assert "was begun with another `files_per_shard`: it was null and is 2. Restore it" in str(third.result)
+
+
+def test_a_shard_that_was_published_and_not_yet_written_down_is_done_again_in_its_place(ran, notes, monkeypatch):
+    """What it wrote the first time, under names that it does not write again, is in no dataset afterwards."""
+    tries, really = [], Ledger.write
+
+    def differently(job, log):
+        tries.append(job.run_id)
+        (host_path(job, "/work/output") / f"try-{len(tries)}").write_text("x")
+        return upper(job, log)
+
+    def denied(*_):
+        raise StoreDenied("Nothing more may be written.")
+
+    dataset = notes("a", "b")
+    monkeypatch.setattr(Ledger, "write", denied)
+    first = ran(FakeEngine(differently), dataset, shards=1)
+    monkeypatch.setattr(Ledger, "write", really)
+    assert isinstance(first.result, StoreDenied)
+    assert (first.folder / "shards/0/manifest.jsonl").exists()
+    assert not (first.folder / "manifest.jsonl").exists()
+    second = again(first, FakeEngine(differently), dataset, shards=1)
+
+    assert second.run["state_type"] == "COMPLETED", second.result
+    assert sorted(second.content) == ["a", "b", "try-2"]
+    assert sorted(path.name for path in (second.folder / "shards/0/data").iterdir()) == ["a", "b", "try-2"]
+
+
+@pytest.mark.parametrize("name", ["a", "bad"])
+def test_a_store_that_is_away_when_a_shard_is_written_down_is_waited_for(ran, notes, monkeypatch, name):
+    failures, really = [], Notes.write
+
+    def unlucky(written, file, content):
+        if file == "0.json" and len(failures) < 6:
+            failures.append(file)
+            raise StoreUnavailable("It is away.")
+        really(written, file, content)
+
+    monkeypatch.setattr(Notes, "write", unlucky)
+    monkeypatch.setattr(ledger, "POLL_SECONDS", 0.01)
+    engine = FakeEngine(upper)
+    done = ran(engine, notes(name), shards=1)
+
+    assert len(failures) == 6
+    assert len(engine.jobs) == 1
+    assert [row["attempts"] for row in done.lines("shards.jsonl")] == [1]
+
+
+def test_two_batches_under_one_name_are_two_datasets_and_the_later_one_has_the_document(prefect_server, here, notes):
+    name = f"twice-{uuid.uuid4().hex[:8]}"
+    dataset = notes(*NAMES)
+    states, together = [], threading.Barrier(2)
+
+    def meet(job, log):
+        if job.environment["OASIS_SHARD_INDEX"] == "0":
+            together.wait(60)
+        return upper(job, log)
+
+    def run():
+        states.append(batch(Algorithm(docker_image=IMAGE), dataset, shards=3, output_name=name, return_state=True))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    with stand_in(FakeEngine(meet)):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    results = [Ran(prefect_server, here, state) for state in states]
+    assert [done.run["state_type"] for done in results] == ["COMPLETED", "COMPLETED"]
+    assert len({done.folder for done in results}) == 2
+    assert all(done.content == {name: name.upper() for name in NAMES} for done in results)
+    assert documents.find(Dataset, name).url in {str(done.folder) for done in results}
 
 
 def test_two_shards_that_wrote_the_same_name_are_named(ran, notes):
@@ -565,6 +869,27 @@ def test_a_store_elsewhere_holds_ledger_shards_and_manifest(ran, notes):
 
     assert done.run["state_type"] == "COMPLETED", done.result
     assert done.result.file_count == 30
+
+
+def test_a_cancelled_batch_leaves_no_shard_to_a_pool_that_its_own_process_missed(prefect_server, here):
+    with get_client(sync_client=True) as client:
+        cancelled = client.create_flow_run(batch, state=Running())
+
+        def shard_of(run_id, state):
+            return client.create_flow_run(algorithm_task, tags=[f"batch:{run_id}"], state=state).id
+
+        states = [Scheduled(), Running(), Completed()]
+        shards = [shard_of(cancelled.id, state) for state in states]
+        of_another = shard_of(uuid.uuid4(), Running())
+        clean_up(batch, cancelled, Crashed())
+        untouched = [client.read_flow_run(each).state_type.name for each in shards]
+        clean_up(batch, cancelled, Cancelled())
+        ended = [client.read_flow_run(each).state_type.name for each in [*shards, of_another]]
+
+    assert untouched == ["SCHEDULED", "RUNNING", "COMPLETED"]
+    assert ended[0] == "CANCELLED"
+    assert ended[1] in ("CANCELLING", "CANCELLED")
+    assert ended[2:] == ["COMPLETED", "RUNNING"]
 
 
 # OSCAR-Batch

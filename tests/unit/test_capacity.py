@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from oasis_flows.capacity import Demand, Node, Vector, byte_count, fit, millicpus, quantity, too_big
 from oasis_flows.errors import DescriptionError
-from oasis_flows.snapshots import docker_node, nodes_in
+from oasis_flows.snapshots import docker_node, kubernetes_nodes, nodes_in
 
 KUBERNETES = json.loads((Path(__file__).parents[1] / "fixtures/kubernetes/capacity.json").read_text())
 GIB = 1 << 30
@@ -42,7 +42,9 @@ def test_a_quantity_is_what_kubernetes_means_by_it(text, value):
     assert quantity(text) == Decimal(value)
 
 
-@pytest.mark.parametrize("text", ["", "Gi", "3 Gi", "3GiB", "1K", "-1", "1e", "1e3Gi", "0x10", "1,5", "nan", None, True, [1]])
+@pytest.mark.parametrize(
+    "text", ["", "Gi", "3 Gi", "3GiB", "1K", "-1", "1e", "1e3Gi", "1e-+3", "0x10", "1,5", "nan", "inf", None, True, [1], {}]
+)
 def test_anything_else_is_refused_by_name(text):
     with pytest.raises(DescriptionError, match=r"is not a quantity\. Write"):
         quantity(text)
@@ -126,7 +128,17 @@ def test_an_algorithm_bigger_than_any_node_is_told_from_one_that_has_to_wait():
         "The algorithm needs 2 processors, 1.0 GiB, and no node has that, even empty (80% of processors and memory count): "
         "busy has 1.6 processors, 6.4 GiB free."
     )
-    assert "takes nothing (cordoned)" in too_big([Node(name="c", allocatable=Vector(9000, GIB, 0, 9), closed="cordoned")], ONE)
+    closed = Node(name="c", allocatable=Vector(9000, 9 * GIB, 0, 9), closed="a virtual node")
+    assert "takes nothing (a virtual node)" in too_big([closed], ONE)
+
+
+def test_a_node_that_is_closed_for_now_is_waited_for_if_it_is_large_enough():
+    closed = Node(name="c", allocatable=Vector(9000, 9 * GIB, 0, 9), closed="not ready", for_now=True)
+
+    assert fit([closed], ONE).count == 0
+    assert too_big([closed], ONE) == ""
+    assert fit([closed.emptied()], ONE).count == 7
+    assert "c has 7.2 processors" in too_big([closed], Demand(cpus=8, memory_bytes=GIB))
 
 
 # Snapshots
@@ -145,21 +157,60 @@ def test_kubernetes_counts_what_its_scheduler_counts():
     assert free.pods == 110 - 9
 
 
+def tainted(key, effect="NoSchedule", **more):
+    return {"spec": {"taints": [{"key": key, "effect": effect, **more}]}}
+
+
+def changed_node(change):
+    machine = KUBERNETES["items"][0]
+    return {"items": [{**machine, **{key: {**machine[key], **value} for key, value in change.items()}}]}
+
+
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("change", "why", "for_now"),
     [
-        ({"spec": {"unschedulable": True}}, "cordoned"),
-        ({"spec": {"taints": [{"key": "node-role.kubernetes.io/control-plane", "effect": "NoSchedule"}]}}, "tainted"),
-        ({"status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}}, "not ready"),
+        ({"spec": {"unschedulable": True}}, "cordoned", True),
+        (tainted("node-role.kubernetes.io/control-plane"), "tainted", False),
+        (tainted("node.kubernetes.io/disk-pressure"), "tainted", True),
+        ({"status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}}, "not ready", True),
     ],
 )
-def test_a_node_of_kubernetes_that_takes_no_pods_has_no_room(change, why):
-    machine = KUBERNETES["items"][0]
-    changed = {**machine, **{key: {**machine[key], **value} for key, value in change.items()}}
-    (found,) = nodes_in({"items": [changed]})
+def test_a_node_of_kubernetes_that_takes_no_pods_has_no_room(change, why, for_now):
+    (found,) = nodes_in(changed_node(change))
 
     assert found.closed.startswith(why)
     assert fit([found], Demand(cpus=0.1, memory_bytes=1)).count == 0
+    assert bool(too_big([found], Demand(cpus=0.1, memory_bytes=1))) is not for_now
+
+
+WITH_GPU = Demand(cpus=0.1, memory_bytes=1, gpus=1)
+
+
+def test_a_node_that_is_kept_for_gpus_has_room_for_these_alone():
+    gpus = {"status": {"allocatable": {"cpu": "8", "memory": "32Gi", "nvidia.com/gpu": "2", "pods": "110"}}}
+    (found,) = nodes_in(changed_node({**tainted("nvidia.com/gpu", value="present"), **gpus}))
+
+    assert fit([found], WITH_GPU).count == 2
+    assert fit([found], ONE).count == 0
+    assert "for containers with GPUs only" in too_big([found], ONE)
+
+
+@pytest.mark.parametrize(
+    ("toleration", "puts_up"),
+    [
+        ({"operator": "Exists"}, True),
+        ({"key": "accelerator", "operator": "Exists"}, True),
+        ({"key": "accelerator", "operator": "Exists", "effect": "NoExecute"}, False),
+        ({"key": "accelerator", "operator": "Equal", "value": "a100", "effect": "NoSchedule"}, True),
+        ({"key": "accelerator", "value": "h100"}, False),
+        ({"key": "nvidia.com/gpu", "operator": "Exists"}, False),
+    ],
+)
+def test_tolerations_mean_what_kubernetes_means_by_them(toleration, puts_up):
+    gpus = {"status": {"allocatable": {"cpu": "8", "memory": "32Gi", "nvidia.com/gpu": "2", "pods": "110"}}}
+    (found,) = kubernetes_nodes(changed_node({**tainted("accelerator", value="a100"), **gpus}), [toleration])
+
+    assert fit([found], WITH_GPU).count == (2 if puts_up else 0)
 
 
 OLD_OSCAR = {
