@@ -14,16 +14,17 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property, lru_cache
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
+from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from ..errors import DatasetError, StoreDenied, StoreUnavailable
@@ -33,10 +34,15 @@ from .transfer import CHUNK_BYTES, TRIED, Location, checkpoint, pause, soon, tra
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Credential
 
+R = TypeVar("R")
+
 PART_BYTES = 5 << 20
 SINGLE_PUT_BYTES = 1 << 20
 TINY_BYTES = 64 << 10
 MOST_PARTS = 9000
+# What is moved at once blocks its thread, and whoever stops a transfer waits so long for it at most.
+AT_ONCE_SECONDS = 1.0
+PATIENT_SECONDS = 60.0
 # Each holds up to three parts; together with the small files of all workers about 64 MiB.
 _large_uploads = threading.BoundedSemaphore(3)
 
@@ -87,9 +93,15 @@ class Objects:
                 if item["Size"] or not item["Key"].endswith("/"):
                     yield Entry(item["Key"][len(top) :], item["Size"], etag=item.get("ETag", "").strip('"') or None)
 
-    def read(self, name: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
+    def read(self, name: str, *, start: int = 0, etag: str | None = None, about: int | None = None) -> Iterator[bytes]:
         """See `Files.read`. It goes on from where a connection broke, as long as each attempt brings something."""
         where, version, offset, failures = f"{self._url}/{name}", _Version(etag), start, 0
+        is_tiny = about is not None and about <= TINY_BYTES and not start and not _awkward(self._prefix + name)
+        if is_tiny and (tiny := self._connection.tiny(self._prefix + name)) is not None:
+            content, found = tiny
+            version.must_be(found, len(content), where)
+            yield content
+            return
         while version.size is None or offset < version.size:
             try:
                 for chunk in self._from(name, offset, version, where):
@@ -124,12 +136,17 @@ class Objects:
             if _awkward(key):
                 self._put_awkward(key, chunks)
             elif size <= SINGLE_PUT_BYTES:
-                body = b"".join(chunks)
-                writes = self._connection.tiny_writes if len(body) <= TINY_BYTES else self._connection.writes
-                wait(lambda: obstore.put_async(writes, key, body, use_multipart=False))
+                self._put(key, b"".join(chunks))
             else:
                 with turn(_large_uploads):
                     self._put_parts(key, chunks, max(PART_BYTES, size // MOST_PARTS))
+
+    def _put(self, key: str, body: bytes) -> None:
+        connection, is_tiny = self._connection, len(body) <= TINY_BYTES
+        if is_tiny and connection.at_once(lambda store: obstore.put(store, key, body, use_multipart=False)) is not None:
+            return
+        writes = connection.tiny_writes if is_tiny else connection.writes
+        wait(lambda: obstore.put_async(writes, key, body, use_multipart=False))
 
     def _put_parts(self, key: str, chunks: Iterable[bytes], part_bytes: int) -> None:
         writer = obstore.open_writer_async(self._connection.writes, key, buffer_size=part_bytes, max_concurrency=2)
@@ -264,6 +281,7 @@ class _Connection:
         self._bucket, self.client = bucket, _client(location, PATIENCE)
         # False once an object has shown that etags are no MD5 here, as those of encrypted ones.
         self.etags_tell = True
+        self._patient_until = 0.0
         # Refuse what is no address now, and not with the first byte.
         _ = self.reads
 
@@ -282,14 +300,38 @@ class _Connection:
         """For what is sent in bulk."""
         return self._store(PATIENCE.part_seconds, retries=PATIENCE.attempts - 1)
 
-    def _store(self, seconds: float, retries: int) -> S3Store:
+    @cached_property
+    def _hasty(self) -> S3Store:
+        seconds = min(AT_ONCE_SECONDS, PATIENCE.seconds)
+        return self._store(seconds, retries=0, in_all=timedelta(seconds=seconds))
+
+    def at_once(self, ask: Callable[[S3Store], R]) -> R | None:
+        """What is asked for in this very thread, which costs a third of what `wait` does.
+
+        `None` where it did not come, whyever, so that it is asked for patiently; so is all else for a while.
+        """
+        if time.monotonic() < self._patient_until:
+            return None
+        checkpoint()
+        try:
+            return ask(self._hasty)
+        except BaseError:
+            self._patient_until = time.monotonic() + PATIENT_SECONDS
+            return None
+
+    def tiny(self, key: str) -> tuple[bytes, str | None] | None:
+        """A small object's bytes and etag, at once; `None` where it did not come, or not as its etag says."""
+        found = self.at_once(lambda store: _whole(obstore.get(store, key)))
+        return found if found is None or not (self.etags_tell and _is_other(*found)) else None
+
+    def _store(self, seconds: float, retries: int, in_all: timedelta = timedelta(days=7)) -> S3Store:
         endpoint = self.client.meta.endpoint_url
         client: ClientConfig = {
             "allow_http": endpoint.startswith("http://"),
             "connect_timeout": timedelta(seconds=PATIENCE.connect_seconds),
             "read_timeout": timedelta(seconds=seconds),
             # It counts the whole body; silence is what `read_timeout` bounds.
-            "timeout": timedelta(days=7),
+            "timeout": in_all,
         }
         bundle = os.environ.get("AWS_CA_BUNDLE")
         if bundle and endpoint.startswith("https://"):
@@ -357,6 +399,11 @@ class _Version:
         """Return if all of it has come."""
         if offset != self.size:
             raise StoreUnavailable(f"{where} broke off after {offset} of {self.size} bytes. Try again.")
+
+
+def _whole(result: obstore.GetResult) -> tuple[bytes, str | None] | None:
+    """The bytes and the etag, unless it is not small (any more)."""
+    return (bytes(result.bytes()), result.meta["e_tag"]) if result.meta["size"] <= TINY_BYTES else None
 
 
 def _is_other(content: bytes, etag: str | None) -> bool:

@@ -259,7 +259,8 @@ class _FetchOne:
         with translated(str(target), writing=True):
             try:
                 with part.open("xb") as file:
-                    for chunk in reading.through(self.store.read(wanted.at or wanted.path, etag=wanted.etag)):
+                    chunks = self.store.read(wanted.at or wanted.path, etag=wanted.etag, about=wanted.bytes)
+                    for chunk in reading.through(chunks):
                         checkpoint()
                         file.write(chunk)
                 got = reading.entry(wanted.path, wanted.etag)

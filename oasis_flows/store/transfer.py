@@ -93,8 +93,10 @@ class Files(Protocol):
         """Every file below `folder` ("" or a name that ends with "/"), names relative to it, sorted; not yet checked."""
         ...
 
-    def read(self, name: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
+    def read(self, name: str, *, start: int = 0, etag: str | None = None, about: int | None = None) -> Iterator[bytes]:
         """The bytes from `start` on, in pieces of about a MiB; survives a connection that breaks.
+
+        `about` how large it is, where that is known, helps to read it fast.
 
         Raises:
             Missing: there is no such file.

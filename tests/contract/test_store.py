@@ -938,16 +938,19 @@ def test_a_server_that_never_answers_is_given_up_in_bounded_time(
 
 @pytest.mark.parametrize("direction", ["stage", "publish"])
 @pytest.mark.parametrize("fault", [Faults(black_hole=True), Faults(bytes_per_second=100_000)], ids=["stuck", "slow"])
+@pytest.mark.parametrize(("count", "size"), [(8, 3 << 20), (1000, 1 << 10)], ids=["large", "small"])
 def test_a_signal_ends_a_transfer_at_once_and_nothing_writes_afterwards(
     direction: str,
     fault: Faults,
+    count: int,
+    size: int,
     s3_place: Location,
     proxy: FaultProxy,
     publish: Callable[..., Summary],
     tmp_path: Path,
 ) -> None:
     patient = Location(s3_place.url, {**s3_place.options, "endpoint_url": f"http://127.0.0.1:{proxy.port}"})
-    content = {str(number): os.urandom(3 << 20) for number in range(8)}
+    content = {str(number): os.urandom(size) for number in range(count)}
     output = write_tree(tmp_path / "output", content)
     put_raw(s3_place, content)
 
