@@ -131,8 +131,10 @@ def plan_run(
     root = store.url if store else str(settings.datasets)
     output = Location(f"{root}/{folder}/{run_id}", options_of(store))
     _check_apart(location(dataset), output)
+    # A name with the run's own id in it is new, or this run's.
     document = output_name or f"{folder}-{run_id[:8]}"
-    _check_not_taken(document, f"{root}/{folder}/")
+    if output_name:
+        _check_not_taken(document, f"{root}/{folder}/")
     if algorithm.gpu and open_engine(settings).describe().gpu is None:
         raise NoGpu(
             f"The algorithm {name} needs a GPU and the engine of this machine has none to give. Run it on a work pool with GPUs; or "

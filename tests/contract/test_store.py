@@ -820,6 +820,27 @@ def test_a_connection_that_breaks_inside_a_file_is_resumed_where_it_broke(
     assert proxy.faulted >= 3
 
 
+def test_what_does_not_come_at_once_is_asked_for_patiently_and_all_else_is_for_a_while(
+    s3_place: Location,
+    proxy: FaultProxy,
+    publish: Callable[..., Summary],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(objects, "AT_ONCE_SECONDS", 0.05)
+    slow = Location(s3_place.url, {**s3_place.options, "endpoint_url": f"http://127.0.0.1:{proxy.port}"})
+    proxy.set(Faults(latency_seconds=0.1))
+    content = {str(number): os.urandom(100) for number in range(40)}
+    publish(slow, content)
+    folder, _ = store.stage(slow, tmp_path / "workspace")
+    assert read_tree(folder) == content
+    bucket, _, prefix = s3_place.path.partition("/")
+    connection = objects._Connection(bucket, slow)
+    assert connection.at_once(lambda _: "asked") == "asked"
+    assert connection.tiny(f"{prefix}/task.json") is None
+    assert connection.at_once(lambda _: "asked") is None
+
+
 def test_a_flipped_bit_is_detected_and_the_file_fetched_again(
     s3_place: Location, faulty: Location, proxy: FaultProxy, publish: Callable[..., Summary], tmp_path: Path
 ) -> None:
