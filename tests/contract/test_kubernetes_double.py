@@ -210,6 +210,15 @@ class TestRun:
             time.sleep(0.05)
         assert double.watches == 0
 
+    def test_the_login_of_a_job_that_is_refused_goes(self, engine, double, job):
+        double.refuses = "jobs"
+        engine._pulled["i@sha256:1"] = spec.Pulled(login=RegistryLogin(registry="r", username="u", password="p"))
+        with pytest.raises(NoRoom, match="exceeded quota"):
+            engine.run(job(), Log())
+
+        assert double.calls.count("create secrets") == 1
+        assert nothing_left(double)
+
     def test_a_pod_that_the_cluster_made_looser_is_stopped(self, engine, double, job, monkeypatch):
         monkeypatch.setattr(spec, "in_force", lambda pod, version: {**real(pod, version), "privileged": True})
         double.script = Script(states=((0.0, running()),))
