@@ -69,10 +69,19 @@ class Reaped:
     `caches` are names of folders that prerequisites had kept.
     """
 
-    containers: tuple[str, ...]
-    workspaces: tuple[str, ...]
-    runs: tuple[str, ...]
-    caches: tuple[str, ...]
+    containers: tuple[str, ...] = ()
+    workspaces: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ()
+
+    def plus(self, other: Reaped) -> Reaped:
+        """All of both, each once."""
+        return Reaped(
+            containers=tuple(dict.fromkeys(self.containers + other.containers)),
+            workspaces=tuple(dict.fromkeys(self.workspaces + other.workspaces)),
+            runs=tuple(dict.fromkeys(self.runs + other.runs)),
+            caches=tuple(dict.fromkeys(self.caches + other.caches)),
+        )
 
 
 def reap(settings: Settings, *, now: bool = False) -> Reaped:
@@ -102,19 +111,19 @@ def sweep(settings: Settings, *, now: bool = False) -> Reaped:
         EngineUnavailable: nobody can tell which containers there are. Prefect was told of the dead runs all the same.
     """
     window = 0.0 if now else settings.retry_window_seconds
-    engine, runs = open_engine(settings), tuple[str, ...]()
+    engine, ended = open_engine(settings), Reaped()
     try:
         # Before Prefect, which may take minutes to say that it is away.
         containers = engine.reap(grace_seconds=window, below=settings.workspaces)
     finally:
         with _noted("Prefect could not be told which runs are dead"):
-            runs = _tell_ends(settings, min(window, SILENCE_SECONDS))
-    return Reaped(
+            ended = _tell_ends(settings, min(window, SILENCE_SECONDS))
+    swept = Reaped(
         containers=containers,
         workspaces=workspace.reap(settings.workspaces, settings.keep_seconds, partial(_drop_fetched, settings)),
-        runs=runs,
         caches=caches.reap(settings.caches, settings.keep_caches_seconds),
     )
+    return swept.plus(ended)
 
 
 def reap_until_quiet(settings: Settings) -> Iterator[Reaped]:
@@ -169,38 +178,38 @@ def _running(ids: Sequence[UUID]) -> list[FlowRun]:
     return [run for run in awake if run.labels.get(LABEL_HOST, gethostname()) == gethostname()]
 
 
-def _tell_ends(settings: Settings, silence_seconds: float) -> tuple[str, ...]:
-    """Tell Prefect of the runs whose process died and which it believes running; return their ids."""
-    told = []
+def _tell_ends(settings: Settings, silence_seconds: float) -> Reaped:
+    """Tell Prefect of the runs whose process died and which it believes running; return these, and what of them was removed."""
+    told = Reaped()
     for run in _running(_silent(settings, silence_seconds)):
         with _noted("Prefect could not be told the end of run %s", run.id):
-            if _tell_end(run, settings, silence_seconds):
-                told.append(str(run.id))
-    return tuple(told)
+            told = told.plus(_tell_end(run, settings, silence_seconds))
+    return told
 
 
-def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> bool:
+def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> Reaped:
     place = Workspace(settings.workspaces / str(run.id))
     with lease.taken(place.lease, silence_seconds) as dead, get_client(sync_client=True) as client:
         # The owner that died may have been that of an earlier attempt, and the one of this attempt is only on its way here.
         if not dead or run.state is None or lease.attempt_of(place.lease) != run.run_count:
-            return False
+            return Reaped()
         cancelled, verdict = run.state.is_cancelling(), gone(run)
         state: State[Any] = (
             Cancelled(message=verdict.sentence) if cancelled else Crashed(message=f"{verdict.sentence} {verdict.advice}")
         )
         if client.set_flow_run_state(run.id, state).status is not SetStateStatus.ACCEPT:
-            return False
+            return Reaped()
         if not cancelled:
             with _noted("The failure of run %s could not be told", run.id):
                 tell_failure(client, run.id, run.name, verdict)
+    told = Reaped(runs=(str(run.id),))
     abandon_uploads(run)
     if cancelled:
         cancel_shards(run)
     if cancelled or not may_return(run):
         # Nobody comes back for what it left.
-        remove_rest(run, settings)
-    return True
+        told = told.plus(remove_rest(run, settings))
+    return told
 
 
 def _end_forgotten(begin_seconds: float) -> tuple[str, ...]:
@@ -280,20 +289,22 @@ def _again(run: FlowRun) -> str:
     return f" Run it again: prefect flow-run retry {run.id}" if may_return(run) else ""
 
 
-def remove_rest(run: FlowRun, settings: Settings, *, folder: bool = True) -> None:
-    """Remove a dead run's container, and its workspace (`folder`), unless somebody else works on the run by now.
+def remove_rest(run: FlowRun, settings: Settings, *, folder: bool = True) -> Reaped:
+    """Remove a dead run's container, and its workspace (`folder`), unless somebody else works on the run by now; return what went.
 
     What cannot be removed now is for the next `reap`; it raises nothing.
     """
+    removed = Reaped()
     place = Workspace(settings.workspaces / str(run.id))
     with lease.taken(place.lease, 0) as free:
         if not free and not lease.missing(place.lease):
-            return
+            return removed
         with _noted("The container of run %s may be left behind", run.id):
-            open_engine(settings).reap(str(run.id))
+            removed = removed.plus(Reaped(containers=open_engine(settings).reap(str(run.id))))
     with _noted("The workspace of run %s may be left behind", run.id):
-        if folder:
-            place.remove_abandoned(0, partial(_drop_fetched, settings))
+        if folder and place.remove_abandoned(0, partial(_drop_fetched, settings)):
+            removed = removed.plus(Reaped(workspaces=(str(run.id),)))
+    return removed
 
 
 def _drop_fetched(settings: Settings, place: Workspace) -> None:

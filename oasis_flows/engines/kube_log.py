@@ -26,6 +26,7 @@ from typing import IO, Any
 from ..errors import EngineUnavailable
 from .docker_output import Delivery
 from .kube_api import KubeApi, Refused
+from .shield import shielded
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,10 @@ class LogFollower:
         self._writer = threading.Thread(target=self._write, name="oasis-log-write", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Begin. A signal that arrives meanwhile is raised when both threads run, for `ended` waits for them."""
+        shielded(self._start)
+
+    def _start(self) -> None:
         self._reader.start()
         self._writer.start()
 

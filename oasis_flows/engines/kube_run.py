@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -132,10 +132,16 @@ def create_job(cluster: Cluster, job: ContainerJob, image: spec.Pulled) -> Json:
         DescriptionError, UnsupportedByEngine, NoRoom: the cluster does not take it.
     """
     body = spec.job_body(job, cluster.place, image)
-    if login := spec.pull_secret(job, cluster.place, image):
-        # A pull without it would be refused, and that is no error of which kubelet thinks better.
-        create(cluster, cluster.core("secrets"), login)
-    row = create(cluster, cluster.jobs, body)
+    login = spec.pull_secret(job, cluster.place, image)
+    try:
+        if login:
+            # A pull without it would be refused, and that is no error of which kubelet thinks better.
+            create(cluster, cluster.core("secrets"), login)
+        row = create(cluster, cluster.jobs, body)
+    except BaseException:
+        if login:
+            _forget_login(cluster, login["metadata"]["name"])
+        raise
     if values := spec.secret_values(job, cluster.place, row):
         # It belongs to the Job, and goes with it. A container waits until it is there.
         try:
@@ -144,6 +150,15 @@ def create_job(cluster: Cluster, job: ContainerJob, image: spec.Pulled) -> Json:
             remove_job(cluster, row)
             raise
     return row
+
+
+def _forget_login(cluster: Cluster, name: str) -> None:
+    """Delete the Secret of a Job that there is not: nothing else tells that it was made."""
+    hurried = replace(cluster, patience_seconds=0.0)
+    try:
+        shielded(lambda: _delete(hurried, f"{cluster.core('secrets')}/{name}"))
+    except OasisError as error:
+        logger.warning("The Secret %s may be left behind: %s", name, error)
 
 
 def create(cluster: Cluster, path: str, body: Json) -> Json:
@@ -514,8 +529,6 @@ class Supervision:
 
 
 def _opened(node: Any) -> Any:
-    from dataclasses import replace
-
     return replace(node, closed="", requested=Vector())
 
 

@@ -16,6 +16,7 @@ from ..errors import EngineUnavailable
 from .kube_api import KubeApi, Refused
 from .pod import SELECTOR
 from .pod_verdict import newest
+from .shield import shielded
 
 logger = logging.getLogger(__name__)
 Json = Mapping[str, Any]
@@ -60,13 +61,8 @@ class PodWatch:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Watch until the block ends. To be entered before a Job is made, so that nothing of its pod is missed."""
-        with self._changed:
-            self._interested += 1
-            if self._turn is None:
-                self.failure, self.away_since, self._turn = None, None, object()
-                name = f"oasis-watch-{self._namespace}"
-                threading.Thread(target=self._work, args=(self._turn,), name=name, daemon=True).start()
         try:
+            shielded(self._join)
             yield
         finally:
             with self._changed:
@@ -75,6 +71,14 @@ class PodWatch:
                     self._turn = None
                     self._hang_up()
                     self._pods, self._gone = {}, {}
+
+    def _join(self) -> None:
+        with self._changed:
+            self._interested += 1
+            if self._turn is None:
+                self.failure, self.away_since, self._turn = None, None, object()
+                name = f"oasis-watch-{self._namespace}"
+                threading.Thread(target=self._work, args=(self._turn,), name=name, daemon=True).start()
 
     def sight(self, uid: str) -> Sight:
         """What is known of the pod of the Job with this uid."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 import uuid
@@ -175,6 +176,47 @@ class TestRun:
         with pytest.raises(StoreFull):
             engine.run(job(stop_grace_seconds=0), full)
 
+        assert nothing_left(double)
+
+    @pytest.mark.parametrize("thread", ["oasis-watch-flows", "oasis-log-read", "oasis-log-write"])
+    def test_a_signal_while_a_thread_begins_is_raised_as_what_it_is(self, engine, double, job, monkeypatch, thread):
+        """A busy machine takes its time to begin a thread, and a signal arrives then."""
+
+        class Told(BaseException):
+            pass
+
+        def raise_it(*_: object) -> None:
+            raise Told
+
+        def begin(each: threading.Thread) -> None:
+            start(each)
+            if each.name == thread:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(0.2)
+
+        start = threading.Thread.start
+        monkeypatch.setattr(threading.Thread, "start", begin)
+        double.script = Script(states=((0.0, running()),))
+        before = signal.signal(signal.SIGUSR1, raise_it)
+        try:
+            with pytest.raises(Told):
+                engine.run(job(stop_grace_seconds=0), Log())
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+        assert nothing_left(double)
+        deadline = time.monotonic() + 10
+        while double.watches and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert double.watches == 0
+
+    def test_the_login_of_a_job_that_is_refused_goes(self, engine, double, job):
+        double.refuses = "jobs"
+        engine._pulled["i@sha256:1"] = spec.Pulled(login=RegistryLogin(registry="r", username="u", password="p"))
+        with pytest.raises(NoRoom, match="exceeded quota"):
+            engine.run(job(), Log())
+
+        assert double.calls.count("create secrets") == 1
         assert nothing_left(double)
 
     def test_a_pod_that_the_cluster_made_looser_is_stopped(self, engine, double, job, monkeypatch):

@@ -13,9 +13,9 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect, sync_playwright
 
 from oasis_flows import Algorithm, Dataset, DockerImage, algorithm_task
-from tests.e2e.test_cancel import GRACE, assert_no_dataset, scheduled, wait_for_container
+from tests.e2e.test_cancel import GRACE, assert_no_dataset
 from tests.servers.engine import containers_of, eventually
-from tests.servers.prefect import PrefectServer
+from tests.servers.prefect import PrefectServer, begin
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
@@ -184,8 +184,8 @@ def test_a_person_cancels_a_run_in_the_browser(
     Algorithm(docker_image=DockerImage(image_id=busybox), command=["sh", "-c", script]).save(
         "stubborn", overwrite=True, _sync=True
     )
-    run_id = scheduled(deployed, "stubborn")
-    wait_for_container(docker_api, run_id)
+    run_id = begin(deployed, "stubborn", "letters")
+    eventually(lambda: [row for row in containers_of(docker_api, run_id) if row["State"] == "running"], 90)
     page.goto(f"/v2/runs/flow-run/{run_id}")
     expect(page.get_by_text("Running", exact=True).first).to_be_visible()
     page.get_by_role("main").get_by_role("button").filter(has=page.locator("svg.lucide-ellipsis-vertical")).click()

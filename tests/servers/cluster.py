@@ -149,13 +149,17 @@ def open_cluster(registry: Registry, home: Path) -> Iterator[TestCluster]:
 class Ground:
     """What a test's runs run on: the engine's name, the home of this process's runs, and an image that the engine has.
 
-    `seen` is what the engine tells of a run's containers, as text, empty where there are none; Secrets are not told.
+    `seen` is what the engine tells of a run's containers, as text, empty where there are none; Secrets are not told. `running` is
+    the id of the algorithm's container while it runs, else empty. `patience` is how many seconds longer than the machine's own
+    engine it may take to end one.
     """
 
     name: str
     home: Path
     image: str
     seen: Callable[[str], str]
+    running: Callable[[str], str]
+    patience: float = 0.0
 
 
 @pytest.fixture(params=["docker", *HERE, *CARRIED])
@@ -163,7 +167,11 @@ def ground(request: pytest.FixtureRequest, here: Path, busybox: str, monkeypatch
     """The machine's engine; and the cluster, where there is one, with a home on its claim, and with one that is not."""
     if request.param == "docker":
         api = request.getfixturevalue("docker_api")
-        return Ground("docker", here, busybox, lambda run_id: _text(containers_of(api, run_id)))
+
+        def on_docker(run_id: str) -> str:
+            return next((str(row["Id"]) for row in containers_of(api, run_id) if row["State"] == "running"), "")
+
+        return Ground("docker", here, busybox, lambda run_id: _text(containers_of(api, run_id)), on_docker)
     cluster: TestCluster = request.getfixturevalue("cluster")
     for name, value in cluster.settings.items():
         monkeypatch.setenv(name, value)
@@ -171,11 +179,16 @@ def ground(request: pytest.FixtureRequest, here: Path, busybox: str, monkeypatch
     def seen(run_id: str) -> str:
         return _text([*cluster.objects("jobs", run_id), *cluster.objects("pods", run_id)])
 
+    def running(run_id: str) -> str:
+        pods = [pod for pod in cluster.objects("pods", run_id) if spec.CARRIER not in pod["metadata"]["labels"]]
+        rows = [row for pod in pods for row in pod["status"].get("containerStatuses") or ()]
+        return next((str(row["containerID"]) for row in rows if "running" in row["state"]), "")
+
     if request.param == "kubernetes":
-        return Ground("kubernetes", cluster.home, cluster.image, seen)
+        return Ground("kubernetes", cluster.home, cluster.image, seen, running, 60.0)
     monkeypatch.setenv("OASIS_FLOWS_HOME", str(here))
     monkeypatch.setenv("OASIS_FLOWS_KUBERNETES_CARRIER", carrier_of(cluster))
-    return Ground("kubernetes", here, cluster.image, seen)
+    return Ground("kubernetes", here, cluster.image, seen, running, 90.0)
 
 
 def _text(rows: list[dict[str, Any]]) -> str:

@@ -97,6 +97,8 @@ class Double:
     cut_exec_after: list[int] = field(default_factory=list)
     claim: Path | None = None
     may_exec: bool = True
+    # A kind of which no more may be made.
+    refuses: str = ""
     exec_port: int = 0
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -298,7 +300,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"items": [job for job in self.double.jobs.values() if _matches(job, query)]})
 
     def _post_jobs(self, _: Any, __: Any, body: dict[str, Any]) -> None:
-        if body["metadata"]["name"] in self.double.jobs:
+        if self.double.refuses == "jobs":
+            self._refuse(403, "Forbidden", "exceeded quota: q, requested: count/jobs.batch=1, used: 5, limited: 5")
+        elif body["metadata"]["name"] in self.double.jobs:
             self._refuse(409, "AlreadyExists", f'jobs.batch "{body["metadata"]["name"]}" already exists')
         else:
             self._answer(201, self.double.make_job(body))
