@@ -23,7 +23,7 @@ from .batching import Options as BatchOptions, cut, demand_of, list_files, place
 from .blocks import Algorithm, Dataset, DatasetStore
 from .capacity import described, quantity, too_big
 from .command import from_text
-from .errors import DescriptionError, OasisError
+from .errors import AlgorithmFailed, DescriptionError, OasisError
 from .flows.algorithm_task import algorithm_task
 from .flows.batch import batch as batch_flow
 from .job import counted, human_bytes
@@ -36,7 +36,7 @@ from .progress import Bar
 from .running import LogSource, begin_again, open_log
 from .schedule import Ending
 from .settings import Settings
-from .verdict import judge
+from .verdict import PUBLISH, judge
 from .work_pool import WINDOW
 
 Options = argparse.Namespace
@@ -48,8 +48,13 @@ CONSOLE_LEVEL = "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"
 def run(options: Options) -> int:
     given = _given(options)
     with _shown():
-        state = algorithm_task(**given, return_state=True)
-    return _end(cast(State[Any], state), as_json=options.json)
+        state = cast(State[Any], algorithm_task(**given, return_state=True))
+    return _end(state, as_json=options.json, published=_published(state.result(raise_on_failure=False)))
+
+
+def _published(result: object) -> bool:
+    """Is anything of the run in its store? Not of one that failed before its container had ended."""
+    return isinstance(result, Dataset | AlgorithmFailed) or (isinstance(result, OasisError) and result.stage == PUBLISH)
 
 
 def batch(options: Options) -> int:
@@ -235,9 +240,9 @@ def _shown() -> Iterator[None]:
         yield
 
 
-def _end(state: State[Any], *, as_json: bool) -> int:
+def _end(state: State[Any], *, as_json: bool, published: bool = True) -> int:
     result = state.result(raise_on_failure=False)
-    _print_run(state, result, as_json=as_json)
+    _print_run(state, result, as_json=as_json, published=published)
     if isinstance(result, Dataset):
         return 0
     return result.exit_code if isinstance(result, OasisError) else 3
@@ -250,7 +255,7 @@ def _pairs(written: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _print_run(state: State[Any], result: object, *, as_json: bool) -> None:
+def _print_run(state: State[Any], result: object, *, as_json: bool, published: bool) -> None:
     run_id = str(state.state_details.flow_run_id)
     source = open_log(run_id, settings.current())
     tail = b"".join(source.tail(10)).decode(errors="replace").splitlines()
@@ -261,7 +266,7 @@ def _print_run(state: State[Any], result: object, *, as_json: bool) -> None:
         "message": state.message if not state.is_completed() else None,
         "verdict": judge(result).to_json() if isinstance(result, OasisError) else None,
         "dataset": result._block_document_name if isinstance(result, Dataset) else None,
-        "url": source.url,
+        "url": source.url if published else None,
         "ui_url": source.ui_url,
         "log_tail": tail,
     }
@@ -274,4 +279,4 @@ def _print_run(state: State[Any], result: object, *, as_json: bool) -> None:
     if facts["dataset"]:
         found = cast(Dataset, result)
         print(f"dataset/{facts['dataset']}: {counted(found.file_count or 0, 'file')}, {human_bytes(found.size_bytes)}")
-    print(f"in {source.url}" if source.url else "nothing was published")
+    print(f"in {facts['url']}" if facts["url"] else "nothing was published")

@@ -361,6 +361,7 @@ def test_a_failed_algorithm_ends_with_one_a_wrong_parameter_with_two_and_a_faile
         code, out, err = call(*described)
     assert code == 1
     assert "Failed" in out
+    assert (Path(out.splitlines()[-1].removeprefix("in ")) / "log.txt").read_bytes() == b"alas\n"
     assert "ended with exit code 4" in err
     assert "alas" in err
 
@@ -376,6 +377,9 @@ def test_a_failed_algorithm_ends_with_one_a_wrong_parameter_with_two_and_a_faile
         code, out, err = call(*described)
     assert code == 3
     assert "Mend it" in err
+    assert out.splitlines()[-1] == "nothing was published"
+    with stand_in(FakeEngine(refuse)):
+        assert json.loads(call(*described, "--json")[1])["url"] is None
 
 
 def test_a_failed_algorithm_ends_with_one_also_when_its_output_could_not_be_kept(call, described, here):

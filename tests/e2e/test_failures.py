@@ -24,6 +24,7 @@ from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
 from oasis_flows.engines import pod
 from oasis_flows.engines.kube_api import Refused
 from oasis_flows.job import ImageSource
+from oasis_flows.reaper import LABEL_OUTPUT
 from oasis_flows.verdict import Verdict
 from tests.images import TinyImage, docker_archive
 from tests.servers.cluster import CARRIED, HERE, Ground, TestCluster
@@ -491,7 +492,12 @@ def test_every_failure_explains_itself_everywhere_the_same(
         assert not (Path(told["url"]) / "manifest.jsonl").exists()
     # Nothing stays.
     assert ground.seen(run["id"]) == ""
-    assert dataset_document(prefect_server, told) is None
+    place = run["labels"].get(LABEL_OUTPUT)
+    assert dataset_document(prefect_server, place) is None
+    # What is said to be published is, and nothing else.
+    assert told["url"] in (None, place)
+    if place is not None and "://" not in place:
+        assert Path(place).exists() is (told["url"] is not None)
     # What is nowhere else stays in its workspace, for a retry; and what a retry would go on from.
     unpublished = situation.code == "disk_full" and situation.stage == "publish_output"
     interrupted = verdict["transient"] and situation.stage == "run_container"
@@ -502,11 +508,11 @@ def workspaces(ground: Ground) -> set[str]:
     return {path.name for path in (ground.home / "workspaces").glob("*")}
 
 
-def dataset_document(server: Any, told: dict[str, Any]) -> Any:
+def dataset_document(server: Any, place: str | None) -> Any:
     """The Dataset document of a failed run's output: there must be none."""
     wanted = {"block_documents": {"is_anonymous": {"eq_": False}}, "limit": 200}
     documents = server.api("/block_documents/filter", wanted)
-    return next((d for d in documents if told["url"] and d["data"].get("url") == told["url"]), None)
+    return next((d for d in documents if place and d["data"].get("url") == place), None)
 
 
 @pytest.mark.parametrize("ground", ["docker"], indirect=True)
