@@ -17,7 +17,7 @@ from typing import Any
 from .. import lease
 from ..capacity import Node
 from ..errors import EngineError, ImageDenied, ImageNotFound, OasisError, RegistryUnavailable, UnsupportedByEngine
-from ..job import ContainerExit, ContainerJob, ImageSource, LogSink, counted
+from ..job import ContainerExit, ContainerJob, ImageSource, LogSink, Reason, counted
 from ..snapshots import kubernetes_nodes
 from . import Description, kube_image, kube_run, pod as spec
 from .docker_verdict import parse_time
@@ -68,6 +68,7 @@ class KubernetesEngine:
         self._cluster: kube_run.Cluster | None = None
         self._pulled: dict[str, spec.Pulled] = {}
         self._absent: dict[str, float] = {}
+        self._failed_on: dict[str, tuple[str, ...]] = {}
         self._closed = False
 
     @property
@@ -149,11 +150,26 @@ class KubernetesEngine:
             row = found = None if fresh else kube_run.find_job(cluster, job)
             if row is None:
                 self._close_network(cluster, job)
-                row = kube_run.create_job(cluster, job, image)
+                place = replace(cluster.place, avoided=self._failed_on.get(job.run_id, ()))
+                row = kube_run.create_job(replace(cluster, place=place), job, image)
             login = image.login is not None
-            return kube_run.Supervision(cluster, job, row, log, outlook, fresh=found is None, login=login).run()
+            exit = kube_run.Supervision(cluster, job, row, log, outlook, fresh=found is None, login=login).run()
+            if exit.reason is Reason.KILLED:
+                self._note_failure(cluster, job, row)
+            return exit
+        except OasisError as error:
+            if error.transient and row is not None:
+                self._note_failure(cluster, job, row)
+            raise
         finally:
             self._remove(cluster, job, row, job.stop_grace_seconds)
+
+    def _note_failure(self, cluster: kube_run.Cluster, job: ContainerJob, row: Mapping[str, Any]) -> None:
+        """Have the run's next try begin on another node than this one, if there is one."""
+        pod = cluster.watch.sight(row["metadata"]["uid"]).pod
+        if pod is not None and (node := pod["spec"].get("nodeName")):
+            before = self._failed_on.get(job.run_id, ())
+            self._failed_on[job.run_id] = tuple(dict.fromkeys((*before, node)))
 
     def _is_on_a_node(self, reference: str) -> bool:
         """Does any node say that it has the image, under this very name?"""

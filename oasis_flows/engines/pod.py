@@ -53,7 +53,7 @@ class Place:
 
     `carrier` is the image of the pods that carry files to and from the claim, for a process that has it not mounted. For what these
     pods serve, `home` is where they have it; `host` the machine that has the leases; and `proof` a file of the claim. `one_node`: the
-    claim is mounted on one node at a time.
+    claim is mounted on one node at a time. `avoided` are nodes that are taken only where no other will do.
     """
 
     namespace: str
@@ -70,6 +70,7 @@ class Place:
     host: str = ""
     proof: Path | None = None
     one_node: bool = False
+    avoided: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +182,11 @@ def _pod_spec(job: ContainerJob, place: Place, image: Pulled, name: str) -> dict
         fields = [{"key": "metadata.name", "operator": "In", "values": [place.node]}]
         required = {"nodeSelectorTerms": [{"matchFields": fields}]}
         spec["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
+    elif place.avoided:
+        # Kubernetes takes one name in each of these.
+        others = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in place.avoided]
+        preferred = [{"weight": 100, "preference": {"matchFields": others}}]
+        spec["affinity"] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
     if job.resources.gpus and place.gpu_tolerations:
         spec["tolerations"] = [dict(each) for each in place.gpu_tolerations]
     if job.resources.gpus and place.gpu_node_selector:

@@ -335,6 +335,28 @@ class TestBrokenWays:
         with pytest.raises(Evicted, match="EvictionByEvictionAPI"):
             engine.run(job(), Log())
 
+    def test_what_a_node_did_not_bring_to_its_end_is_tried_elsewhere_and_nothing_else_is(self, engine, double, job):
+        """The same run by its next attempt; a run that its own algorithm failed may come back."""
+
+        def avoided(run: ContainerJob, attempt: int, *states: tuple[float, Any]) -> list[str]:
+            double.script = Script(states=((0.0, running()), *states))
+            with contextlib.suppress(Evicted):
+                engine.run(replace(run, attempt=attempt), Log())
+            affinity = double.history[-1]["object"]["spec"].get("affinity", {}).get("nodeAffinity", {})
+            wishes = affinity.get("preferredDuringSchedulingIgnoredDuringExecution", ())
+            return [name for wish in wishes for each in wish["preference"]["matchFields"] for name in each["values"]]
+
+        lost = running()
+        lost["conditions"].append(
+            {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager", "message": "m"}
+        )
+        lost["containerStatuses"][0]["state"] = ended("14-sigterm-143")["containerStatuses"][0]["state"]
+        unlucky, another = job(), job()
+        assert avoided(unlucky, 1, (0.2, lost)) == []
+        assert avoided(unlucky, 2, (0.2, ended("02-exit-3"))) == ["k8s-node"]
+        assert avoided(another, 1, (0.2, ended("02-exit-3"))) == []
+        assert avoided(another, 2, (0.2, ended())) == []
+
 
 class TestWaiting:
     def test_the_reason_is_told_while_it_waits(self, engine, double, job, told):

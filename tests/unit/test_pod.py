@@ -223,6 +223,19 @@ def test_one_claim_for_one_node_binds_the_job_to_it():
     assert "n1" in json.dumps(terms)
 
 
+def test_nodes_that_failed_a_run_are_taken_where_no_other_will_do_and_never_rule_its_claim_out():
+    affinity = pod_of(body(place=replace(PLACE, avoided=("n1", "n2"))))["affinity"]["nodeAffinity"]
+    (wish,) = affinity.pop("preferredDuringSchedulingIgnoredDuringExecution")
+
+    assert affinity == {}
+    assert [(each["operator"], each["values"]) for each in wish["preference"]["matchFields"]] == [
+        ("NotIn", ["n1"]),
+        ("NotIn", ["n2"]),
+    ]
+    bound = pod_of(body(place=replace(PLACE, node="n1", avoided=("n1",))))["affinity"]["nodeAffinity"]
+    assert list(bound) == ["requiredDuringSchedulingIgnoredDuringExecution"]
+
+
 def test_secret_values_are_in_a_secret_only():
     job = replace(JOB, secret_environment={"KEY": "s3cret"})
 
