@@ -405,7 +405,7 @@ SITUATIONS = {
     "store does not answer": data("store_unavailable", "platform", "did not answer", "endpoint_url", 3, store_away),
     "store read-only": data("store_denied", "platform", "does not let us write", "its owner and mode", 3, read_only_store),
     "store full": Situation("disk_full", "publish_output", "platform", "no room left", "Free some space", 3, "head -c 3000000 /dev/zero > output/x", make=full_store),
-    "too much on its node": shell("evicted", "policy", "wrote more beside its output", "OASIS_FLOWS_KUBERNETES_EPHEMERAL_STORAGE", "head -c 9000000 /dev/zero > /x; sleep 300", on=("kubernetes",), writable_root=True),
+    "too much on its node": cluster("evicted", "policy", "wrote more beside its output", "OASIS_FLOWS_KUBERNETES_EPHEMERAL_STORAGE", 1, setting("EPHEMERAL_STORAGE", "4MiB"), script="head -c 9000000 /dev/zero > /x; sleep 300", algorithm={"writable_root": True}),
     "no repository for image files": image("unsupported", "platform", "has to be pushed to a registry", "OASIS_FLOWS_KUBERNETES_REGISTRY", 3, no_repository, on=("kubernetes",)),
     "cluster away": cluster("engine_unavailable", "platform", "did not answer", "KUBECONFIG", 3, cluster_away),
     "login unknown to the cluster": cluster("engine_failed", "platform", "does not know this process", "KUBECONFIG", 3, unknown_to_the_cluster),
