@@ -82,7 +82,7 @@ def test_a_run_in_a_container_of_its_own_publishes_a_dataset_and_leaves_nothing(
     assert (output / "data/a.txt").read_text() == "A"
     assert (output / "log.txt").read_bytes() == b"done\n"
     assert json.loads((output / "task.json").read_text())["status"] == "Succeeded"
-    eventually(lambda: not pool.flow_container(run_id), 20)
+    eventually(lambda: not pool.flow_container(run_id), 60)
     assert containers_of(pool.api, run_id) == []
     assert not (pool.home / "workspaces" / run_id).exists()
 
@@ -94,7 +94,7 @@ def test_cancelling_stops_the_algorithm_in_its_container_beside_that_of_the_flow
 
     eventually(lambda: containers_of(pool.api, run_id) == [], 40)
     assert pool.server.wait_for(run_id, "CANCELLED", "CRASHED", "FAILED", seconds=60)["state_type"] == "CANCELLED"
-    eventually(lambda: not pool.flow_container(run_id), 20)
+    eventually(lambda: not pool.flow_container(run_id), 60)
     eventually(lambda: not (pool.home / "workspaces" / run_id).exists(), 20)
 
 

@@ -72,5 +72,6 @@ def test_a_signal_leaves_nothing(prefect_server, here, far, tmp_path, number, co
     assert (double.jobs, double.pods) == ({}, {})
     assert list(claim.glob("carried/*")) == []
     assert list((here / "workspaces").iterdir()) == []
-    (run,) = prefect_server.api("/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
+    ours = {"name": {"any_": ["sleeper on letters"]}}
+    (run,) = prefect_server.api("/flow_runs/filter", {"flow_runs": ours, "sort": "START_TIME_DESC", "limit": 1})
     assert run["state_type"] in ("CRASHED", "CANCELLED"), run["state"]["message"]

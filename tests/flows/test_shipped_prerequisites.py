@@ -10,6 +10,7 @@ import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ class Quiet(SimpleHTTPRequestHandler):
 @pytest.fixture
 def web(docker_api, tmp_path):
     """A folder, and the address at which containers of the engine's bridge find what is in it."""
-    (gateway,) = {row["Gateway"] for row in docker_api.inspect_network("bridge")["IPAM"]["Config"] if "." in row["Gateway"]}
+    subnets = (ip_network(row["Subnet"]) for row in docker_api.inspect_network("bridge")["IPAM"]["Config"])
+    # An engine tells the bridge's own address only where it made the bridge. It is the first of the subnet.
+    (gateway,) = (str(subnet[1]) for subnet in subnets if subnet.version == 4)
     (tmp_path / "web").mkdir()
     server = ThreadingHTTPServer((gateway, 0), partial(Quiet, directory=str(tmp_path / "web")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
