@@ -12,15 +12,24 @@ from pathlib import Path
 import pytest
 
 from oasis_flows.blocks import Algorithm, DockerImage
-from tests.e2e.test_cancel import assert_no_dataset, documents, process_of, scheduled, wait_for_container
+from tests.e2e.test_cancel import assert_no_dataset, describe, process_of
 from tests.images import TinyImage, docker_archive
 from tests.servers.engine import containers_of, eventually, private_engine
-from tests.servers.prefect import BIN, ROOT, PrefectServer, client_env, free_port, server_process, worker_process
-
-__all__ = ["documents"]
+from tests.servers.prefect import BIN, ROOT, PrefectServer, begin, client_env, free_port, server_process, worker_process
 
 # So long does a dead run's container wait for a retry, here.
 WINDOW = {"OASIS_FLOWS_RETRY_WINDOW": "6"}
+
+
+@pytest.fixture(scope="module")
+def documents(prefect_server, busybox, tmp_path_factory):
+    describe(DockerImage(image_id=busybox), tmp_path_factory.mktemp("documents") / "letters")
+
+
+def wait_for_container(api, run_id):
+    """The id of the run's container, once it runs."""
+    eventually(lambda: [row for row in containers_of(api, run_id) if row["State"] == "running"], 90)
+    return containers_of(api, run_id)[0]["Id"]
 
 
 @pytest.fixture
@@ -51,7 +60,7 @@ def watchdogs(server):
 def test_a_worker_that_is_stopped_leaves_no_container_and_no_run_that_runs_for_ever(fragile, docker_api, documents):
     server, start = fragile
     worker = start()
-    run_id = scheduled(server, "sleeper")
+    run_id = begin(server, "sleeper", "letters")
     wait_for_container(docker_api, run_id)
     os.kill(worker.pid, signal.SIGTERM)
 
@@ -68,7 +77,7 @@ def test_a_worker_that_is_stopped_leaves_no_container_and_no_run_that_runs_for_e
 def test_a_worker_that_is_killed_leaves_its_runs_to_end_by_themselves(fragile, docker_api, documents):
     server, start = fragile
     worker = start()
-    run_id = scheduled(server, "patient")
+    run_id = begin(server, "patient", "letters")
     wait_for_container(docker_api, run_id)
     os.kill(worker.pid, signal.SIGKILL)
 
@@ -85,7 +94,7 @@ def test_a_worker_that_is_killed_leaves_its_runs_to_end_by_themselves(fragile, d
 def test_the_retry_of_a_run_whose_worker_was_stopped_takes_up_its_container(fragile, docker_api, documents):
     server, start = fragile
     worker = start(OASIS_FLOWS_RETRY_WINDOW="90")
-    run_id = scheduled(server, "patient")
+    run_id = begin(server, "patient", "letters")
     container = wait_for_container(docker_api, run_id)
     os.kill(worker.pid, signal.SIGTERM)
     worker.wait(30)
@@ -104,7 +113,7 @@ def test_the_retry_of_a_run_whose_worker_was_stopped_takes_up_its_container(frag
 def test_a_run_that_its_watchdog_ended_can_be_retried_by_hand(fragile, docker_api, documents):
     server, start = fragile
     worker = start()
-    run_id = scheduled(server, "patient")
+    run_id = begin(server, "patient", "letters")
     wait_for_container(docker_api, run_id)
     os.kill(worker.pid, signal.SIGTERM)
     assert server.wait_for(run_id, "CRASHED", "COMPLETED", "FAILED", seconds=60)["state_type"] == "CRASHED"
@@ -148,7 +157,7 @@ def test_a_killed_process_of_ones_own_is_told_and_cleaned_up_by_its_watchdog(fra
 def test_a_watchdog_that_is_told_to_stop_cleans_up_at_once(fragile, docker_api, documents):
     server, start = fragile
     worker = start()
-    run_id = scheduled(server, "sleeper")
+    run_id = begin(server, "sleeper", "letters")
     wait_for_container(docker_api, run_id)
     # As a service manager does it: everybody gets the signal.
     told = watchdogs(server)
@@ -198,7 +207,7 @@ def test_a_run_cancelled_while_its_engine_is_away_leaves_nothing_once_it_is_back
         engine.load(docker_archive(tmp_path / "image.tar", TinyImage(tags=("away:1",))))
         Algorithm(docker_image=DockerImage(image_id="away:1"), command=["sleep", "600"]).save("lonely", overwrite=True)
         start(DOCKER_HOST=engine.host)
-        run_id = scheduled(server, "lonely")
+        run_id = begin(server, "lonely", "letters")
         with contextlib.closing(engine.connect()) as client:
             wait_for_container(client.api, run_id)
         # Killed, it leaves the container running.
@@ -260,7 +269,7 @@ def test_a_prefect_server_that_is_away_costs_nothing_but_time(docker_api, busybo
 def test_the_scheduled_reaper_removes_what_even_its_watchdog_could_not(fragile, docker_api, documents):
     server, start = fragile
     worker = start()
-    run_id = scheduled(server, "sleeper")
+    run_id = begin(server, "sleeper", "letters")
     wait_for_container(docker_api, run_id)
     os.kill(worker.pid, signal.SIGSTOP)
     for number in [*watchdogs(server), process_of(run_id), worker.pid]:

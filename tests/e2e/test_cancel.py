@@ -32,12 +32,14 @@ GRACE = current().stop_grace_seconds
 
 @pytest.fixture
 def documents(prefect_server, ground, tmp_path):
-    """Algorithms that last, and something for them to read."""
-    folder = tmp_path / "letters"
+    describe(DockerImage(image_id=ground.image), tmp_path / "letters")
+
+
+def describe(image, folder):
+    """Save algorithms that last, and something for them to read."""
     folder.mkdir()
     (folder / "a.txt").write_text("a")
     Dataset(url=str(folder)).save("letters", overwrite=True)
-    image = DockerImage(image_id=ground.image)
     scripts = {
         "sleeper": "echo half > output/half; echo began; sleep 600",
         "stubborn": "trap '' TERM; echo began; while :; do sleep 1; done",
