@@ -50,8 +50,6 @@ def pool(deployed, docker_api, busybox, tmp_path_factory) -> Iterator[Pool]:
     home = folder / "home"
     home.mkdir()
     os.chown(home, OASIS, OASIS)
-    for each in (folder, *folder.parents[:2]):
-        each.chmod(0o755)
     (folder / "letters").mkdir()
     (folder / "letters/a.txt").write_text("a")
     Dataset(url=str(folder / "letters")).save("letters-of-the-host", overwrite=True)
