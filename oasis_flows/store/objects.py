@@ -91,17 +91,17 @@ class Objects:
         for page in _translated_each(pages, f"{self._url}/{folder}"):
             for item in _whole_page(page, f"{self._url}/{folder}"):
                 if item["Size"] or not item["Key"].endswith("/"):
-                    yield Entry(item["Key"][len(top) :], item["Size"], etag=item.get("ETag", "").strip('"') or None)
+                    yield Entry(item["Key"][len(top) :], item["Size"], etag=_bare(item.get("ETag")))
 
     def read(self, name: str, *, start: int = 0, etag: str | None = None, about: int | None = None) -> Iterator[bytes]:
         """See `Files.read`. It goes on from where a connection broke, as long as each attempt brings something."""
-        where, version, offset, failures = f"{self._url}/{name}", _Version(etag), start, 0
+        where, version, offset, failures = f"{self._url}/{name}", _Version(etag, lambda: self._etag(name)), start, 0
         is_tiny = about is not None and about <= TINY_BYTES and not start and not _awkward(self._prefix + name)
         if is_tiny and (tiny := self._connection.tiny(self._prefix + name)) is not None:
             content, found = tiny
-            version.must_be(found, len(content), where)
-            yield content
-            return
+            if version.is_(found):
+                yield content
+                return
         while version.size is None or offset < version.size:
             try:
                 for chunk in self._from(name, offset, version, where):
@@ -166,6 +166,9 @@ class Objects:
         """See `Files.size`."""
         with translated(f"{self._url}/{name}"):
             return int(self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)["ContentLength"])
+
+    def _etag(self, name: str) -> str | None:
+        return _bare(self._client.head_object(Bucket=self._bucket, Key=self._prefix + name).get("ETag"))
 
     def delete(self, names: Iterable[str]) -> None:
         """See `Files.delete`; a thousand at a time."""
@@ -381,19 +384,29 @@ class _Credentials:
         }
 
 
-class _Version:
-    """Which object is being read; an etag may be that of a listing."""
+def _bare(etag: str | None) -> str | None:
+    return (etag or "").strip('"') or None
 
-    def __init__(self, etag: str | None) -> None:
-        self.etag = etag
+
+class _Version:
+    """Which object is being read. `wanted` is the etag of a listing, where there is one; `now` asks for today's."""
+
+    def __init__(self, wanted: str | None, now: Callable[[], str | None]) -> None:
+        self._wanted, self._now = wanted, now
+        self._etag = wanted
         self.size: int | None = None
 
+    def is_(self, etag: str | None) -> bool:
+        """Has the object that is wanted this etag?"""
+        return self._etag in (None, _bare(etag))
+
     def must_be(self, etag: str | None, size: int, where: str) -> None:
-        """Note what answered, or raise if it is another object."""
-        found = (etag or "").strip('"') or None
-        if self.etag is not None and found != self.etag:
-            raise DatasetError(f"{where} was changed while it was read. Run it again once nobody writes there.")
-        self.etag, self.size = found, size
+        """Note what answered, or raise if it is another object, which a bit that flipped in an answer's head looks like."""
+        if not self.is_(etag):
+            if self._wanted and self._now() != self._wanted:
+                raise DatasetError(f"{where} was changed while it was read. Run it again once nobody writes there.")
+            raise StoreUnavailable(f"{where} was changed while it was read, or arrived damaged. Try again.")
+        self._etag, self.size = _bare(etag), size
 
     def must_end(self, offset: int, where: str) -> None:
         """Return if all of it has come."""
@@ -408,8 +421,8 @@ def _whole(result: obstore.GetResult) -> tuple[bytes, str | None] | None:
 
 def _is_other(content: bytes, etag: str | None) -> bool:
     """Is it not what the etag says, if that is an MD5?"""
-    promised = (etag or "").strip('"')
-    return len(promised) == 32 and hashlib.md5(content, usedforsecurity=False).hexdigest() != promised
+    promised = _bare(etag)
+    return promised is not None and len(promised) == 32 and hashlib.md5(content, usedforsecurity=False).hexdigest() != promised
 
 
 class _Stream:

@@ -924,11 +924,34 @@ def test_a_flipped_bit_never_leaves_a_file_out_of_a_folder(s3_place: Location, f
 def test_bits_that_flip_every_time_are_a_checksum_mismatch(
     s3_place: Location, faulty: Location, proxy: FaultProxy, publish: Callable[..., Summary], tmp_path: Path
 ) -> None:
-    # Every connection is damaged early, and both fetches of the large file need their own: the small ones come first.
-    publish(s3_place, {"big": os.urandom(3 << 20), **{f"z{number}": b"1" for number in range(3)}})
-    proxy.set(Faults(flip_bit_at=1_000_000, reset_after=1_500_000))
+    # Every connection is damaged early and ends soon, so both fetches of the large file need their own: the small ones come first.
+    # No answer's head comes to lie where the bit flips: pieces are of 1 MiB and more, so the last has between 0.7 and 1.2 MB.
+    publish(s3_place, {"big": os.urandom(3_300_000), **{f"z{number}": b"1" for number in range(3)}})
+    proxy.set(Faults(flip_bit_at=600_000, reset_after=1_300_000))
     with pytest.raises(ChecksumMismatch, match="'big'"):
         store.stage(faulty, tmp_path / "workspace")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_flipped_bit_in_an_etag_is_not_taken_for_a_change(
+    s3_place: Location, faulty: Location, proxy: FaultProxy, *, listed: bool
+) -> None:
+    put_raw(s3_place, {"big": bytes(2 << 20)})
+    (entry,) = store.files(s3_place).list()
+    lasting, said = list[OasisError](), set[str]()
+    for offset in range(100, 400, 11):
+        # The rest comes over another connection, whose answer has the right etag.
+        proxy.set(Faults(flip_bit_at=offset, reset_after=1_500_000, connections=1))
+        try:
+            for _ in store.files(faulty).read("big", etag=entry.etag if listed else None):
+                pass
+        except OasisError as error:
+            said.add(str(error))
+            if not error.transient:
+                lasting.append(error)
+
+    assert lasting == []
+    assert any("or arrived damaged" in each for each in said) is not listed
 
 
 def test_a_server_that_is_down_for_a_moment_is_tried_again(

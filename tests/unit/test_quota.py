@@ -134,7 +134,8 @@ def test_a_big_output_costs_little_of_the_time(tmp_path: Path) -> None:
     used = time.process_time()
     with Watch(job(tmp_path, output_files=1_000_000)):
         time.sleep(4)
-    assert time.process_time() - used < 0.1 * 4
+    # A twentieth of the time for names and one for sizes, and the first look of each, which nothing precedes.
+    assert time.process_time() - used < 0.15 * 4
 
 
 def test_names_are_counted_while_sizes_are_added_up_however_long_that_takes(
