@@ -274,22 +274,36 @@ def in_order(
     """Map over `items` with threads; results come in the order of the items, at most `window` are under way.
 
     `tick` is called in the caller's thread, a few times a second at least. The first failure is raised, also when its
-    turn has not come. However the generator ends (close it: `contextlib.closing`), its threads have ended before.
+    turn has not come. However the generator ends (close it: `contextlib.closing`), nobody is at work on an item any more.
     """
-    stop = _Stop()
+    stop, threads = _Stop(), list[threading.Thread]()
+
+    def begin() -> None:
+        _here.stop = stop
+        threads.append(threading.current_thread())
+
+    def work(item: T) -> R:
+        checkpoint()
+        return function(item)
+
     pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(workers, "oasis-flows-transfer", lambda: setattr(_here, "stop", stop)) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) >= window:
+    try:
+        with ThreadPoolExecutor(workers, "oasis-flows-transfer", begin) as pool:
+            try:
+                for item in items:
+                    pending.append(pool.submit(work, item))
+                    if len(pending) >= window:
+                        yield _first(pending, tick)
+                while pending:
                     yield _first(pending, tick)
-            while pending:
-                yield _first(pending, tick)
-        finally:
-            stop.request()
-            for future in pending:
-                future.cancel()
+            finally:
+                stop.request()
+                for future in pending:
+                    future.cancel()
+    finally:
+        # The pool forgets a thread while whose start a signal comes. One that has not begun by now finds that it has to stop.
+        for thread in threads:
+            thread.join()
 
 
 def _first(pending: deque[Future[R]], tick: Callable[[], None]) -> R:

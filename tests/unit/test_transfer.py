@@ -73,28 +73,39 @@ def test_a_failure_is_raised_before_its_turn_and_ends_the_other_threads() -> Non
 
 
 @pytest.mark.parametrize("work", ["computing", "waiting"])
-def test_a_signal_in_the_main_thread_ends_all_threads_before_it_goes_on(work: str) -> None:
+def test_a_signal_in_the_main_thread_ends_all_work_before_it_goes_on(work: str) -> None:
     class Terminated(BaseException):
         pass
 
     def stop(*_: object) -> None:
         raise Terminated
 
-    def busy(_: int) -> None:
-        while work == "computing":
-            checkpoint()
-        wait(lambda: asyncio.sleep(600))
+    at_work = list[int]()
+
+    def busy(number: int) -> None:
+        at_work.append(number)
+        try:
+            while work == "computing":
+                checkpoint()
+            wait(lambda: asyncio.sleep(600))
+        finally:
+            at_work.remove(number)
 
     before = signal.signal(signal.SIGUSR1, stop)
-    started = time.monotonic()
     try:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-        with pytest.raises(Terminated), closing(in_order(busy, range(8))) as results:
-            list(results)
+        # The first ones come while threads are being started.
+        for milliseconds in (*range(1, 30), 300):
+            started = time.monotonic()
+            threading.Timer(milliseconds / 1000, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            with pytest.raises(Terminated), closing(in_order(busy, range(8))) as results:
+                list(results)
+            assert not at_work
+            assert time.monotonic() - started < 2
+            time.sleep(0.01)
+            assert not at_work
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert not transfer_threads()
-    assert time.monotonic() - started < 2
 
 
 def test_closing_early_ends_the_threads() -> None:
