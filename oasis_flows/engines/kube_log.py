@@ -5,7 +5,7 @@ that waits for nobody; what the sink cannot take at once lies in a file without 
 connection that is where to go on: kubelet repeats whole seconds, and what of them was delivered is passed over.
 
 Who writes faster than kubelet reads loses what was turned over twice meanwhile. No API tells, but the times do: they leap over what was
-written long before the last line was read.
+written long before the last line was read, and so long that a file's worth can have been written. Or the newest file is empty.
 
 Kubelet tells stdout and stderr apart in no stream, and turns "\\r\\n" into "\\n".
 """
@@ -35,9 +35,11 @@ _HEAD_BYTES = 1024
 _IN_MEMORY = 16 << 20
 _STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d) ")
 _LONGEST_STAMP = 40
-# Kubelet turns a file over when it is larger than 10 MiB, and looks every ten seconds.
-_LEAST_OF_A_FILE, _LEAST_OF_A_GAP = 8 << 20, 5.0
+# Kubelet turns a file over when it is larger than 10 MiB. It looks every ten seconds, but while it packs other files it is late, and
+# then two follow one another closely.
+_LEAST_OF_A_FILE, _LEAST_OF_A_GAP = 8 << 20, 1.0
 _WHOLE_LINE = 1 << 62
+_TOO_FAST = "the algorithm wrote faster than its node reads, and the node throws away what it has turned over twice"
 
 
 class Stamped:
@@ -50,6 +52,9 @@ class Stamped:
     def __init__(self) -> None:
         self.foreign, self.gap_seconds = b"", 0.0
         self.taken_bytes, self._took_last = 0, 0.0
+        # How far behind the last new line was when it was read, and whether any line came since `resume`.
+        self._behind_seconds, self._came = 0.0, False
+        self._second_began, self._most_in_a_second = 0, 0
         self._buffer, self._in_line = b"", False
         # The times of all lines since the beginning of the second before the last one, and how much of the last is delivered.
         self._second, self._zone, self._stamps = b"", b"Z", deque[bytes]()
@@ -68,7 +73,7 @@ class Stamped:
     def resume(self) -> None:
         """From now on the log comes again, from `since` on."""
         self._known = Counter(self._stamps)
-        self._buffer, self._in_line, self._skip = b"", False, 0
+        self._buffer, self._in_line, self._skip, self._came = b"", False, 0, False
 
     def feed(self, data: bytes) -> bytes:
         """What of the log is new in these bytes."""
@@ -101,6 +106,8 @@ class Stamped:
             at = stop
         self._buffer = buffer[at:]
         self.taken_bytes, self._took_last = self.taken_bytes + len(data), time.time()
+        if fresh:
+            self._behind_seconds = self._took_last - _moment(self._stamps[-1])
         return b"".join(fresh)
 
     def close(self) -> None:
@@ -108,8 +115,13 @@ class Stamped:
         self.foreign = (self.foreign + self._buffer)[:_HEAD_BYTES]
         self._buffer = b""
 
+    def may_have_lost_its_end(self) -> bool:
+        """The newest file is empty: may there have been one between it and the one that was read to its end?"""
+        return not self._came and self._is_a_file(self._behind_seconds)
+
     def _begin(self, found: re.Match[bytes]) -> None:
         stamp, second, self._zone = found[0], found[1], found[2]
+        self._came = True
         if self._known.get(stamp):
             self._known[stamp] -= 1
             # The last line may have been delivered in part; every other one was, to its end.
@@ -117,7 +129,10 @@ class Stamped:
             self._skip = self._last_bytes if self._in_last else _WHOLE_LINE
             return
         if second > self._second:
-            self._note_gap(second)
+            self._most_in_a_second = max(self._most_in_a_second, self.taken_bytes - self._second_began)
+            self._second_began = self.taken_bytes
+            if self._stamps:
+                self._note_gap(_moment(self._stamps[-1]), _moment(stamp))
             # Two streams may be a little out of order, so what came in the second before is remembered, too.
             while self._stamps and self._stamps[0][:19] < self._second:
                 self._stamps.popleft()
@@ -125,13 +140,19 @@ class Stamped:
         self._stamps.append(stamp)
         self._skip, self._last_bytes, self._in_last = 0, 0, True
 
-    def _note_gap(self, second: bytes) -> None:
+    def _note_gap(self, before: float, after: float) -> None:
         """A line comes that was there when the one before it was read, and is much younger."""
-        if self.taken_bytes < _LEAST_OF_A_FILE:
-            return
-        before, after = (datetime.fromisoformat((each + self._zone).decode()).timestamp() for each in (self._second, second))
-        if after - before >= _LEAST_OF_A_GAP and after < self._took_last:
+        if after < self._took_last and self._is_a_file(after - before):
             self.gap_seconds += after - before
+
+    def _is_a_file(self, seconds: float) -> bool:
+        """Can a file have come and gone in so many seconds, at the pace at which this log was written?"""
+        most = max(self._most_in_a_second, self.taken_bytes - self._second_began)
+        return self.taken_bytes >= _LEAST_OF_A_FILE and seconds >= _LEAST_OF_A_GAP and seconds * most >= _LEAST_OF_A_FILE
+
+
+def _moment(stamp: bytes) -> float:
+    return datetime.fromisoformat(stamp.decode().rstrip()).timestamp()
 
 
 class Spool:
@@ -249,10 +270,7 @@ class LogFollower:
             self.lost = f"its log could not be read to the end: {error}"
         finally:
             if self._stamped.gap_seconds:
-                self.lost = self.lost or (
-                    f"the algorithm wrote faster than its node reads, for {self._stamped.gap_seconds:.0f} s, and the node throws away what "
-                    "it has turned over twice"
-                )
+                self.lost = self.lost or _TOO_FAST
             self._spool.close()
 
     def _follow(self) -> None:
@@ -276,6 +294,8 @@ class LogFollower:
                 until = time.monotonic() + self._patience
                 # A log that is followed ends a little before the container is seen to end.
                 if whole and self._over.wait(5.0) and not self._may_be_turned_over(delivered_before):
+                    if self._stamped.may_have_lost_its_end():
+                        self.lost = _TOO_FAST
                     return
             if self.failed.is_set():
                 return

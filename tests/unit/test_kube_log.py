@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager
 from datetime import datetime
 
+import pytest
 from hypothesis import given, settings, strategies as st
 
 from oasis_flows.engines.docker_output import Delivery
@@ -110,6 +111,36 @@ def test_a_leap_over_what_had_been_written_long_before_is_a_gap():
     log.feed(written(0, 9 << 20))
     log.feed(written(7, 10))
     assert log.gap_seconds == 7
+
+
+def test_a_leap_in_which_a_file_can_have_come_and_gone_is_a_gap():
+    log = Stamped()
+    for tenth in range(60):
+        log.feed(stamp(tenth * 10**8) + b"x" * (1 << 20) + b"\n")
+    assert log.gap_seconds == 0
+    log.feed(stamp(7_900_000_000) + b"x\n")
+    assert log.gap_seconds == pytest.approx(2.0)
+
+
+def test_an_empty_newest_file_tells_of_an_end_that_may_be_lost():
+    log = Stamped()
+    for second in range(6):
+        log.feed(written(second, 9 << 20))
+    log.resume()
+    assert log.may_have_lost_its_end()
+    # The newest file is the one that was read: its last line comes again.
+    log.feed(written(5, 9 << 20))
+    assert not log.may_have_lost_its_end()
+
+
+def test_the_end_of_a_log_that_was_followed_closely_is_not_lost(monkeypatch):
+    moment = datetime.fromisoformat("2026-11-21T10:00:05+00:00").timestamp()
+    monkeypatch.setattr("oasis_flows.engines.kube_log.time.time", lambda: moment)
+    log = Stamped()
+    for second in range(6):
+        log.feed(written(second, 9 << 20))
+    log.resume()
+    assert not log.may_have_lost_its_end()
 
 
 def test_a_pause_of_a_short_log_is_none_and_neither_is_a_short_leap():
