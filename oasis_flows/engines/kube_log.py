@@ -52,8 +52,8 @@ class Stamped:
     def __init__(self) -> None:
         self.foreign, self.gap_seconds = b"", 0.0
         self.taken_bytes, self._took_last = 0, 0.0
-        # How far behind the last new line was when it was read, and whether any line came since `resume`.
-        self._behind_seconds, self._came = 0.0, False
+        # How far behind the last new line was when it was read.
+        self._behind_seconds = 0.0
         self._second_began, self._most_in_a_second = 0, 0
         self._buffer, self._in_line = b"", False
         # The times of all lines since the beginning of the second before the last one, and how much of the last is delivered.
@@ -73,7 +73,7 @@ class Stamped:
     def resume(self) -> None:
         """From now on the log comes again, from `since` on."""
         self._known = Counter(self._stamps)
-        self._buffer, self._in_line, self._skip, self._came = b"", False, 0, False
+        self._buffer, self._in_line, self._skip = b"", False, 0
 
     def feed(self, data: bytes) -> bytes:
         """What of the log is new in these bytes."""
@@ -117,11 +117,15 @@ class Stamped:
 
     def may_have_lost_its_end(self) -> bool:
         """The newest file is empty: may there have been one between it and the one that was read to its end?"""
-        return not self._came and self._is_a_file(self._behind_seconds)
+        return self._is_a_file(self._behind_seconds)
+
+    @property
+    def last(self) -> bytes | None:
+        """The time of the last line, as it was told."""
+        return self._stamps[-1] if self._stamps else None
 
     def _begin(self, found: re.Match[bytes]) -> None:
         stamp, second, self._zone = found[0], found[1], found[2]
-        self._came = True
         if self._known.get(stamp):
             self._known[stamp] -= 1
             # The last line may have been delivered in part; every other one was, to its end.
@@ -278,7 +282,8 @@ class LogFollower:
         while True:
             ended_before, delivered_before = self._over.is_set(), self._kept_bytes
             try:
-                whole = self._read_once()
+                # A log that is followed ends a little before the container is seen to end.
+                whole = self._read_once() and self._over.wait(5.0) and self._is_all(delivered_before)
             except Refused as error:
                 if error.status == 404 or (error.status == 400 and ended_before):
                     # The pod is gone, or never had a container: there is no log any more.
@@ -292,21 +297,29 @@ class LogFollower:
                     return
             else:
                 until = time.monotonic() + self._patience
-                # A log that is followed ends a little before the container is seen to end.
-                if whole and self._over.wait(5.0) and not self._may_be_turned_over(delivered_before):
-                    if self._stamped.may_have_lost_its_end():
-                        self.lost = _TOO_FAST
-                    return
-            if self.failed.is_set():
+            if whole or self.failed.is_set():
                 return
             if self._over.is_set() and time.monotonic() - self._touched > self._patience:
                 self.lost = self.lost or "its log could not be read to the end"
                 return
             self._over.wait(1.0) if not self._over.is_set() else time.sleep(1.0)
 
-    def _may_be_turned_over(self, delivered_before: int) -> bool:
-        """May there be a newer file? Of a container that has ended kubelet reads the one that it has open to the end, and no other."""
-        return self._stamped.taken_bytes >= _LEAST_OF_A_FILE and self._kept_bytes > delivered_before
+    def _is_all(self, delivered_before: int) -> bool:
+        """Was that the newest file? Of a container that has ended kubelet reads the one that it has open to the end, and no other."""
+        if self._stamped.taken_bytes < _LEAST_OF_A_FILE:
+            return True
+        newest = self._last_of_the_newest()
+        if newest is None and self._stamped.may_have_lost_its_end():
+            self.lost = _TOO_FAST
+        # A line that was written in parts has the time of its first here, and of its last there.
+        return newest in (None, self._stamped.last) or self._kept_bytes == delivered_before
+
+    def _last_of_the_newest(self) -> bytes | None:
+        """The time of the last line of the newest file; `None` if that is empty."""
+        query = {"container": self._container, "timestamps": "true", "tailLines": "1"}
+        with self._api.stream(self._path, query) as response:
+            found = _STAMP.match(response.read(_LONGEST_STAMP))
+        return found[0] if found else None
 
     def _read_once(self) -> bool:
         """Read until the stream ends; False if it broke."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from contextlib import contextmanager
@@ -126,11 +127,7 @@ def test_an_empty_newest_file_tells_of_an_end_that_may_be_lost():
     log = Stamped()
     for second in range(6):
         log.feed(written(second, 9 << 20))
-    log.resume()
     assert log.may_have_lost_its_end()
-    # The newest file is the one that was read: its last line comes again.
-    log.feed(written(5, 9 << 20))
-    assert not log.may_have_lost_its_end()
 
 
 def test_the_end_of_a_log_that_was_followed_closely_is_not_lost(monkeypatch):
@@ -139,7 +136,6 @@ def test_the_end_of_a_log_that_was_followed_closely_is_not_lost(monkeypatch):
     log = Stamped()
     for second in range(6):
         log.feed(written(second, 9 << 20))
-    log.resume()
     assert not log.may_have_lost_its_end()
 
 
@@ -191,3 +187,47 @@ def test_the_last_words_of_who_was_silent_for_long_are_waited_for():
     follower.ended(20.0)
 
     assert (b"".join(got), follower.lost) == (b"last words\n", "")
+
+
+class TurnedOver:
+    """In the place of the API: of a container that has ended, the file that was open at its end is followed, and then the newest is read."""
+
+    def __init__(self, *files: bytes) -> None:
+        self._files, self._newest, self.asked = list(files), files[-1], list[str]()
+
+    @contextmanager
+    def stream(self, _path, query):
+        if "tailLines" in query:
+            self.asked.append("the last line")
+            yield io.BytesIO(self._newest.splitlines(keepends=True)[-1] if self._newest else b"")
+        else:
+            self.asked.append("all")
+            yield io.BytesIO(self._files.pop(0) if len(self._files) > 1 else self._newest)
+
+
+def followed(*files: bytes) -> tuple[list[str], bytes, str]:
+    """What was asked for, what came, and what is said to be lost."""
+    api, got = TurnedOver(*files), list[bytes]()
+    follower = LogFollower(api, "path", "main", Delivery(lambda _, data: got.append(data), None), 60.0)
+    follower.start()
+    follower.ended(30.0)
+    return api.asked, b"".join(got), follower.lost
+
+
+def a_file(first: int, last: int) -> bytes:
+    return b"".join(stamp(tenth * 10**8) + b"x" * (1 << 20) + b"\n" for tenth in range(first, last))
+
+
+def test_a_large_log_in_one_file_is_read_once():
+    asked, got, lost = followed(a_file(0, 30))
+    assert (asked, len(got), lost) == (["all", "the last line"], 30 * ((1 << 20) + 1), "")
+
+
+def test_a_newer_file_is_read_too():
+    asked, got, lost = followed(a_file(0, 30), a_file(30, 42))
+    assert (asked, len(got), lost) == (["all", "the last line"] * 2, 42 * ((1 << 20) + 1), "")
+
+
+def test_a_file_that_went_unread_is_told_of_whether_more_came_after_it_or_not():
+    assert "throws away" in followed(a_file(0, 30), b"")[2]
+    assert "throws away" in followed(a_file(0, 30), a_file(45, 47))[2]
