@@ -32,7 +32,18 @@ from .log import last_lines
 from .machine import open_engine
 from .manifest import Summary
 from .plan import Plan
-from .reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_STORE, abandon_uploads, cancel_shards, gone, may_return, remove_rest, sweep
+from .reaper import (
+    LABEL_ATTEMPT,
+    LABEL_HOST,
+    LABEL_OUTPUT,
+    LABEL_STORE,
+    abandon_uploads,
+    cancel_shards,
+    gone,
+    may_return,
+    remove_rest,
+    sweep,
+)
 from .record import Account
 from .settings import Settings
 from .tasks import MARKER_PUBLISHED, MARKER_RUN, stage_seconds
@@ -55,7 +66,7 @@ def mark(tags: Sequence[str], labels: Mapping[str, str]) -> None:
     run_id = UUID(str(runtime.flow_run.id))
     # What an earlier attempt of this run failed of is no longer so.
     earlier = {tag for tag in runtime.flow_run.tags if not tag.startswith(FAILED_TAG)}
-    told: dict[str, Any] = {**labels, LABEL_HOST: socket.gethostname()}
+    told: dict[str, Any] = {**labels, LABEL_HOST: socket.gethostname(), LABEL_ATTEMPT: runtime.flow_run.run_count or 1}
 
     def write() -> None:
         with get_client(sync_client=True) as client:

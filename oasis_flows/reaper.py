@@ -23,6 +23,8 @@ from uuid import UUID
 from httpx import HTTPStatusError
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
     FlowRunFilter,
     FlowRunFilterId,
     FlowRunFilterState,
@@ -47,6 +49,8 @@ from .verdict import Verdict, judge
 from .workspace import Workspace
 
 LABEL_HOST, LABEL_OUTPUT, LABEL_STORE = "oasis.host", "oasis.output", "oasis.store"
+# Which attempt of a run came so far as to have a workspace with a watchdog, and to name its machine.
+LABEL_ATTEMPT = "oasis.attempt"
 # Begins the tag of a run that is a shard of a batch, whose id follows.
 SHARD_TAG = "batch:"
 PROCESS_GONE = "The process that ran it is gone: it was killed, or its worker was stopped. What it left is removed."
@@ -88,7 +92,8 @@ def reap(settings: Settings, *, now: bool = False) -> Reaped:
     """`sweep`, and tell Prefect the end of runs, of whatever machine, that nobody works on.
 
     These are runs of deployments with the tag `oasis-flows` that for the setting `OASIS_FLOWS_BEGIN_WITHIN` have been cancelled and did not end,
-    or were taken by a worker and did not begin: one that starts processes, for these do not wait, or one that is gone. An
+    or were taken by a worker and did not begin: one that starts processes, for these do not wait, or one that is gone; and
+    runs, calls too, that for as long have been Running and never came so far as to have a watchdog. An
     automation does much the same; but a server that is killed before it has acted on an event does not know of it afterwards.
 
     Raises:
@@ -213,32 +218,57 @@ def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> Reape
 
 
 def _end_forgotten(begin_seconds: float) -> tuple[str, ...]:
-    waiting = FlowRunFilter(
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.CANCELLING])),
-        tags=FlowRunFilterTags(all_=[TAG]),
-    )
     ended = []
     with get_client(sync_client=True) as client:
-        for found in client.read_flow_runs(flow_run_filter=waiting, sort=FlowRunSort.EXPECTED_START_TIME_ASC):
+        for found in [*_waiting(client), *_begun(client)]:
             with _noted("Prefect could not be told the end of run %s", found.id):
                 if _is_forgotten(client, found, begin_seconds) and _end(client, client.read_flow_run(found.id), begin_seconds):
                     ended.append(str(found.id))
     return tuple(ended)
 
 
+def _waiting(client: SyncPrefectClient) -> list[FlowRun]:
+    states = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.CANCELLING]))
+    wanted = FlowRunFilter(state=states, tags=FlowRunFilterTags(all_=[TAG]))
+    found = client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.EXPECTED_START_TIME_ASC)
+    return [run for run in found if run.deployment_id is not None]
+
+
+def _begun(client: SyncPrefectClient) -> list[FlowRun]:
+    """Runs of ours whose process died, if it did, before there was anything else that knew of it."""
+    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
+    named = FlowFilter(name=FlowFilterName(any_=["algorithm-task", "batch", "train"]))
+    found = client.read_flow_runs(flow_filter=named, flow_run_filter=running, sort=FlowRunSort.EXPECTED_START_TIME_ASC)
+    return [run for run in found if _is_ours(run) and run.labels.get(LABEL_ATTEMPT) != run.run_count]
+
+
+def _is_ours(run: FlowRun) -> bool:
+    # Anybody may call a flow "batch".
+    return (
+        TAG in run.tags
+        or {"algorithm", "input_dataset"} <= run.parameters.keys()
+        or {"image", "station"} <= run.parameters.keys()
+    )
+
+
 def _is_forgotten(client: SyncPrefectClient, run: FlowRun, begin_seconds: float) -> bool:
-    if run.deployment_id is None or run.state is None or age(run.state) < begin_seconds:
+    if run.state is None or age(run.state) < begin_seconds:
         return False
-    if run.state.is_cancelling() or worker_is_gone(client, run):
+    if not run.state.is_pending() or worker_is_gone(client, run):
         return True
     return run.work_pool_name is not None and client.read_work_pool(run.work_pool_name).type == "process"
 
 
 def _end(client: SyncPrefectClient, run: FlowRun, begin_seconds: float) -> bool:
     """End a run that is as it was when it was found: it may have begun while others were seen to."""
-    if run.state is None or age(run.state) < begin_seconds or not (run.state.is_pending() or run.state.is_cancelling()):
+    if run.state is None or age(run.state) < begin_seconds:
         return False
-    verdict = judge(ProcessGone(NEVER_BEGAN + _again(run)))
+    if run.state.is_running():
+        is_over, verdict = run.labels.get(LABEL_ATTEMPT) != run.run_count, gone(run)
+    else:
+        is_over, verdict = run.state.is_pending() or run.state.is_cancelling(), judge(ProcessGone(NEVER_BEGAN + _again(run)))
+    if not is_over:
+        return False
     crashed = not run.state.is_cancelling()
     state: State[Any] = (
         Crashed(message=f"{verdict.sentence} {verdict.advice}") if crashed else Cancelled(message=NEVER_CANCELLED)

@@ -101,7 +101,10 @@ def stage_input(plan: Plan, workspace: Workspace, *, go_on: Callable[[], None] =
 @step(MARKER_IMAGE)
 def prepare_image(plan: Plan, workspace: Workspace, settings: Settings) -> str:
     """Pull or load the image; return a reference to exactly these bytes."""
-    # Not skipped on a retry: the engine may have lost the image since, and asking it costs milliseconds.
+    known = workspace.done(MARKER_IMAGE)
+    if known and workspace.done(MARKER_RUN):
+        return str(known["image"])
+    # Not skipped before: the engine may have lost the image since, and asking it costs milliseconds.
     started = time.monotonic()
     image = open_engine(settings).prepare(plan.image)
     _finish(workspace, MARKER_IMAGE, started, image=image)

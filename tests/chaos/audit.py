@@ -64,7 +64,10 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Claims:
-    """What is said about a run: its state, the code in its tags, its place, its document, and what its caller was told."""
+    """What is said about a run: its state, the code in its tags, its place, its document, and what its caller was told.
+
+    `attempts` is how often it began.
+    """
 
     state: str
     message: str = ""
@@ -72,6 +75,7 @@ class Claims:
     place: Place = field(default_factory=Place)
     document: Mapping[str, Any] | None = None
     told: Mapping[str, Any] | None = None
+    attempts: int = 1
 
 
 def examine(truth: Truth, claims: Claims) -> Iterator[str]:
@@ -115,7 +119,8 @@ def _state(truth: Truth, claims: Claims) -> Iterator[str]:
             yield "it is Completed and there is no manifest"
         if claims.document is None:
             yield "it is Completed and there is no Dataset document"
-    elif place.manifest is not None and (claims.state == "FAILED" or not truth.hit & ENDS_A_PROCESS):
+    # An attempt whose process is killed behind the commit leaves a dataset, and the next one may fail before it publishes.
+    elif place.manifest is not None and not (truth.hit & ENDS_A_PROCESS and (claims.state != "FAILED" or claims.attempts > 1)):
         yield f"it is {claims.state} ({claims.message}) and left a dataset"
     # A call to which Prefect's client raised what the server's connection did, before any of our code; an automation ends its run.
     refused = (

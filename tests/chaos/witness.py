@@ -60,6 +60,7 @@ class Witness:
             place=_place(self._objects_below(name) if player.run.store == "objects" else _files_below(Path(url))),
             document=document and document["data"],
             told=player.told(),
+            attempts=run["run_count"],
         )
 
     @property

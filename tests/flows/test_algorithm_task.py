@@ -41,6 +41,7 @@ from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.job import ContainerExit, Reason, Sample
 from oasis_flows.machine import stand_in
 from oasis_flows.testing import FakeEngine, host_path
+from oasis_flows.workspace import Workspace
 from tests.servers.engine import eventually
 
 IMAGE = DockerImage(image_id="counter:1")
@@ -985,3 +986,11 @@ def test_every_error_of_a_run_is_one_that_the_command_line_has_a_code_for(ran):
 
     assert isinstance(done.result, OasisError)
     assert done.result.exit_code == 3
+
+
+def test_once_a_container_has_ended_a_retry_needs_no_engine_for_its_image(tmp_path):
+    workspace = Workspace(tmp_path)
+    workspace.mark_done(tasks.MARKER_IMAGE, {"image": "sha256:1"})
+    workspace.mark_done(tasks.MARKER_RUN, {"exit": {}})
+
+    assert tasks.prepare_image.fn(plan=None, workspace=workspace, settings=None) == "sha256:1"

@@ -30,6 +30,15 @@ def _waiting(
     return str(server.api(f"/deployments/{deployment}/create_flow_run", given)["id"])
 
 
+def _begun(server: PrefectServer, parameters: dict[str, object], labels: dict[str, object] | None = None) -> str:
+    """A call that runs; its id."""
+    flow = server.api("/flows/", {"name": "algorithm-task"})["id"]
+    given = {"flow_id": flow, "parameters": parameters, "labels": labels or {}, "state": {"type": "PENDING"}}
+    run_id = str(server.api("/flow_runs/", given)["id"])
+    server.api(f"/flow_runs/{run_id}/set_state", {"state": {"type": "RUNNING"}})
+    return run_id
+
+
 def _state(server: PrefectServer, run_id: str) -> str:
     return str(server.api(f"/flow_runs/{run_id}")["state_type"])
 
@@ -49,7 +58,7 @@ def _reaped(server: PrefectServer, run_id: str) -> str:
 
 @pytest.mark.parametrize(
     ("state", "then"),
-    [("PENDING", "CRASHED"), ("CANCELLING", "CANCELLED"), ("RUNNING", "RUNNING"), ("SCHEDULED", "SCHEDULED")],
+    [("PENDING", "CRASHED"), ("CANCELLING", "CANCELLED"), ("RUNNING", "CRASHED"), ("SCHEDULED", "SCHEDULED")],
 )
 @pytest.mark.parametrize("labels", [{}, {LABEL_HOST: "where an earlier attempt was"}])
 def test_a_run_that_nobody_works_on_is_ended(deployed, state, labels, then):
@@ -81,9 +90,22 @@ def test_what_is_not_ours_is_left_alone_whatever_its_flow_is_called_and_a_call_i
     foreign = _waiting(deployed, "PENDING", tags=())
     flow = deployed.api("/flows/", {"name": "algorithm-task"})["id"]
     called = deployed.api("/flow_runs/", {"flow_id": flow, "state": {"type": "PENDING"}, "tags": [reaper.TAG]})["id"]
+    begun = _begun(deployed, {"threshold": 1})
 
-    assert not {foreign, called} & {*reap(_after(0)).runs}
-    assert {_state(deployed, run_id) for run_id in (foreign, called)} == {"PENDING"}
+    assert not {foreign, called, begun} & {*reap(_after(0)).runs}
+    assert [_state(deployed, run_id) for run_id in (foreign, called, begun)] == ["PENDING", "PENDING", "RUNNING"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "then"),
+    [({}, "CRASHED"), ({reaper.LABEL_ATTEMPT: 0}, "CRASHED"), ({reaper.LABEL_ATTEMPT: 1}, "RUNNING")],
+    ids=["nothing", "an earlier attempt", "this attempt"],
+)
+def test_a_call_that_runs_and_never_had_a_watchdog_is_ended(deployed, labels, then):
+    run_id = _begun(deployed, {"algorithm": "a", "input_dataset": "b"}, labels)
+
+    assert _reaped(deployed, run_id) == then
+    assert deployed.api(f"/flow_runs/{run_id}")["run_count"] == 1
 
 
 def test_a_run_that_sweeps_its_machine_leaves_all_of_that_alone(deployed):

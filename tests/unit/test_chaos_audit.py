@@ -34,6 +34,7 @@ CUT = replace(TRUTH, against=frozenset({"cut the server"}), hit=frozenset({"cut 
         (TRUTH, Claims(state="SCHEDULED")),
         (TRUTH, replace(COMPLETED, state="CRASHED", told=None, document=None)),
         (TRUTH, Claims(state="CRASHED", place=Place(log=LOG[:9]))),
+        (TRUTH, replace(COMPLETED, state="FAILED", code="engine_unavailable", told=None, document=None, attempts=2)),
         (
             CUT,
             Claims(
@@ -48,6 +49,7 @@ CUT = replace(TRUTH, against=frozenset({"cut the server"}), hit=frozenset({"cut 
         "killed before it began",
         "crashed behind the commit",
         "crashed with half a log",
+        "crashed behind the commit, and failed when it was tried again",
         "refused by the server",
     ],
 )
