@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import IO, Any
 
@@ -38,6 +38,7 @@ _LONGEST_STAMP = 40
 # Kubelet turns a file over when it is larger than 10 MiB. It looks every ten seconds, but while it packs other files it is late, and
 # then two follow one another closely.
 _LEAST_OF_A_FILE, _LEAST_OF_A_GAP = 8 << 20, 1.0
+_LEAST_IN_PARTS = 16 << 10
 _WHOLE_LINE = 1 << 62
 _TOO_FAST = "the algorithm wrote faster than its node reads, and the node throws away what it has turned over twice"
 
@@ -52,8 +53,10 @@ class Stamped:
     def __init__(self) -> None:
         self.foreign, self.gap_seconds = b"", 0.0
         self.taken_bytes, self._took_last = 0, 0.0
-        # How far behind the last new line was when it was read.
+        # How far behind the last new line was when it was read; when the connection was made, and whether it brought a line yet
+        # that is new, or the last one again, so that it is of the same file.
         self._behind_seconds = 0.0
+        self._resumed, self._is_first, self._is_same_file = 0.0, False, False
         self._second_began, self._most_in_a_second = 0, 0
         self._buffer, self._in_line = b"", False
         # The times of all lines since the beginning of the second before the last one, and how much of the last is delivered.
@@ -74,6 +77,7 @@ class Stamped:
         """From now on the log comes again, from `since` on."""
         self._known = Counter(self._stamps)
         self._buffer, self._in_line, self._skip = b"", False, 0
+        self._resumed, self._is_first, self._is_same_file = time.time(), bool(self._stamps), False
 
     def feed(self, data: bytes) -> bytes:
         """What of the log is new in these bytes."""
@@ -105,8 +109,8 @@ class Stamped:
                     self._last_bytes += len(fresh[-1])
             at = stop
         self._buffer = buffer[at:]
-        self.taken_bytes, self._took_last = self.taken_bytes + len(data), time.time()
         if fresh:
+            self.taken_bytes, self._took_last = self.taken_bytes + len(data), time.time()
             self._behind_seconds = self._took_last - _moment(self._stamps[-1])
         return b"".join(fresh)
 
@@ -130,6 +134,7 @@ class Stamped:
             self._known[stamp] -= 1
             # The last line may have been delivered in part; every other one was, to its end.
             self._in_last = stamp == self._stamps[-1] and not self._known[stamp]
+            self._is_same_file = self._is_same_file or self._in_last
             self._skip = self._last_bytes if self._in_last else _WHOLE_LINE
             return
         if second > self._second:
@@ -141,12 +146,17 @@ class Stamped:
             while self._stamps and self._stamps[0][:19] < self._second:
                 self._stamps.popleft()
             self._second = second
+        self._is_first = False
         self._stamps.append(stamp)
         self._skip, self._last_bytes, self._in_last = 0, 0, True
 
     def _note_gap(self, before: float, after: float) -> None:
-        """A line comes that was there when the one before it was read, and is much younger."""
-        if after < self._took_last and self._is_a_file(after - before):
+        """A line comes that was there when the one before it was read, or when it was asked again, and is much younger."""
+        if self._is_first and self._is_same_file:
+            return
+        # A long line comes in parts, and bears the time of the first.
+        is_there = after < (self._resumed if self._is_first else self._took_last) and self._last_bytes < _LEAST_IN_PARTS
+        if is_there and self._is_a_file(after - before):
             self.gap_seconds += after - before
 
     def _is_a_file(self, seconds: float) -> bool:
@@ -282,8 +292,10 @@ class LogFollower:
         while True:
             ended_before, delivered_before = self._over.is_set(), self._kept_bytes
             try:
+                whole = self._read_once()
+                until = time.monotonic() + self._patience
                 # A log that is followed ends a little before the container is seen to end.
-                whole = self._read_once() and self._over.wait(5.0) and self._is_all(delivered_before)
+                whole = whole and self._over.wait(5.0) and self._is_all(delivered_before)
             except Refused as error:
                 if error.status == 404 or (error.status == 400 and ended_before):
                     # The pod is gone, or never had a container: there is no log any more.
@@ -295,8 +307,6 @@ class LogFollower:
                 if time.monotonic() > until:
                     self.lost = f"its log could not be read to the end: {error}"
                     return
-            else:
-                until = time.monotonic() + self._patience
             if whole or self.failed.is_set():
                 return
             if self._over.is_set() and time.monotonic() - self._touched > self._patience:
@@ -308,41 +318,52 @@ class LogFollower:
         """Was that the newest file? Of a container that has ended kubelet reads the one that it has open to the end, and no other."""
         if self._stamped.taken_bytes < _LEAST_OF_A_FILE:
             return True
-        newest = self._last_of_the_newest()
+        broken, newest = self._last_of_the_newest()
+        if broken:
+            return False
         if newest is None and self._stamped.may_have_lost_its_end():
             self.lost = _TOO_FAST
         # A line that was written in parts has the time of its first here, and of its last there.
         return newest in (None, self._stamped.last) or self._kept_bytes == delivered_before
 
-    def _last_of_the_newest(self) -> bytes | None:
-        """The time of the last line of the newest file; `None` if that is empty."""
-        query = {"container": self._container, "timestamps": "true", "tailLines": "1"}
-        with self._api.stream(self._path, query) as response:
-            found = _STAMP.match(response.read(_LONGEST_STAMP))
-        return found[0] if found else None
+    def _last_of_the_newest(self) -> tuple[bool, bytes | None]:
+        """Did the answer break off? The time of the last line of the newest file; `None` if that is empty."""
+        query, said = {"container": self._container, "timestamps": "true", "tailLines": "1"}, bytearray()
+        whole = self._take(query, said.extend)
+        found = _STAMP.match(said[:_LONGEST_STAMP])
+        return not whole and found is None, found[0] if found else None
 
     def _read_once(self) -> bool:
         """Read until the stream ends; False if it broke."""
-        import urllib3
-
         query = {"container": self._container, "follow": "true", "timestamps": "true"}
         if since := self._stamped.since:
             query["sinceTime"] = since
         self._stamped.resume()
+        whole = self._take(query, self._feed)
+        if whole:
+            self._stamped.close()
+        return whole
+
+    def _take(self, query: dict[str, str], sink: Callable[[bytes], None]) -> bool:
+        """Hand over what is answered; False if it broke off."""
+        import urllib3
+
         with self._api.stream(self._path, query) as response:
             self._response = response
             try:
                 while data := response.read1(_CHUNK):
                     self._touched = time.monotonic()
-                    if fresh := self._stamped.feed(data):
-                        self._keep(fresh)
+                    sink(data)
             except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
                 logger.debug("The log %s broke off: %s", self._path, error)
                 return False
             finally:
                 self._response = None
-        self._stamped.close()
         return True
+
+    def _feed(self, data: bytes) -> None:
+        if fresh := self._stamped.feed(data):
+            self._keep(fresh)
 
     def _keep(self, data: bytes) -> None:
         self._kept_bytes += len(data)

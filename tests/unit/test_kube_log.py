@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from datetime import datetime
 
 import pytest
+import urllib3
 from hypothesis import given, settings, strategies as st
 
 from oasis_flows.engines.docker_output import Delivery
 from oasis_flows.engines.kube_log import LogFollower, Spool, Stamped
+from oasis_flows.errors import EngineUnavailable
 
 
 def stamp(nanoseconds: int, zone: str = "Z") -> bytes:
@@ -102,31 +104,33 @@ def test_a_spool_takes_more_than_it_keeps_in_memory():
     assert b"".join(spool) == b"".join(bytes([number]) + piece for number in range(40))
 
 
-def written(second: int, size: int) -> bytes:
-    """A line of so many bytes, of a second of the past."""
-    return stamp(second * 10**9) + b"x" * size + b"\n"
+def written(tenth: int, size: int) -> bytes:
+    """About so many bytes in lines of a KiB, of a tenth of a second of the past."""
+    return (stamp(tenth * 10**8) + b"x" * 1023 + b"\n") * max(1, size >> 10)
 
 
 def test_a_leap_over_what_had_been_written_long_before_is_a_gap():
     log = Stamped()
     log.feed(written(0, 9 << 20))
-    log.feed(written(7, 10))
+    log.feed(written(70, 10))
     assert log.gap_seconds == 7
 
 
 def test_a_leap_in_which_a_file_can_have_come_and_gone_is_a_gap():
     log = Stamped()
     for tenth in range(60):
-        log.feed(stamp(tenth * 10**8) + b"x" * (1 << 20) + b"\n")
+        log.feed(written(tenth, 1 << 20))
     assert log.gap_seconds == 0
     log.feed(stamp(7_900_000_000) + b"x\n")
     assert log.gap_seconds == pytest.approx(2.0)
 
 
-def test_an_empty_newest_file_tells_of_an_end_that_may_be_lost():
+def test_an_empty_newest_file_tells_of_an_end_that_may_be_lost(monkeypatch):
+    moment = datetime.fromisoformat("2026-11-21T10:00:15+00:00").timestamp()
+    monkeypatch.setattr("oasis_flows.engines.kube_log.time.time", lambda: moment)
     log = Stamped()
     for second in range(6):
-        log.feed(written(second, 9 << 20))
+        log.feed(written(10 * second, 9 << 20))
     assert log.may_have_lost_its_end()
 
 
@@ -135,16 +139,39 @@ def test_the_end_of_a_log_that_was_followed_closely_is_not_lost(monkeypatch):
     monkeypatch.setattr("oasis_flows.engines.kube_log.time.time", lambda: moment)
     log = Stamped()
     for second in range(6):
-        log.feed(written(second, 9 << 20))
+        log.feed(written(10 * second, 9 << 20))
     assert not log.may_have_lost_its_end()
+
+
+def test_a_leap_while_the_connection_was_away_is_a_gap_unless_the_file_is_the_same(monkeypatch):
+    moment = datetime.fromisoformat("2026-11-21T10:00:03+00:00").timestamp()
+    monkeypatch.setattr("oasis_flows.engines.kube_log.time.time", lambda: moment)
+    same, other = Stamped(), Stamped()
+    for log in (same, other):
+        log.feed(a_file(0, 30))
+    moment += 60
+    for log in (same, other):
+        log.resume()
+    same.feed(written(29, 1 << 20) + written(590, 10))
+    other.feed(written(590, 10))
+
+    assert same.gap_seconds == 0
+    assert other.gap_seconds == pytest.approx(56.1)
+
+
+def test_a_line_that_took_long_is_no_gap():
+    log = Stamped()
+    log.feed(a_file(0, 30) + stamp(3 * 10**9) + b"x" * (16 << 10))
+    log.feed(b"and on\n" + written(200, 10))
+    assert log.gap_seconds == 0
 
 
 def test_a_pause_of_a_short_log_is_none_and_neither_is_a_short_leap():
     short, steady = Stamped(), Stamped()
     short.feed(written(0, 10))
-    short.feed(written(7, 10))
+    short.feed(written(70, 10))
     for second in range(0, 40, 4):
-        steady.feed(written(second, 1 << 20))
+        steady.feed(written(10 * second, 1 << 20))
     assert (short.gap_seconds, steady.gap_seconds) == (0, 0)
 
 
@@ -154,7 +181,7 @@ def test_a_pause_that_was_waited_for_is_no_gap(monkeypatch):
     log = Stamped()
     log.feed(written(0, 9 << 20))
     moment += 60
-    log.feed(written(60, 10))
+    log.feed(written(600, 10))
     assert log.gap_seconds == 0
 
 
@@ -192,22 +219,24 @@ def test_the_last_words_of_who_was_silent_for_long_are_waited_for():
 class TurnedOver:
     """In the place of the API: of a container that has ended, the file that was open at its end is followed, and then the newest is read."""
 
-    def __init__(self, *files: bytes) -> None:
-        self._files, self._newest, self.asked = list(files), files[-1], list[str]()
+    def __init__(self, *files: bytes, breaks: list[Exception]) -> None:
+        self._files, self._newest, self.asked, self._breaks = list(files), files[-1], list[str](), breaks
 
     @contextmanager
     def stream(self, _path, query):
         if "tailLines" in query:
             self.asked.append("the last line")
+            if self._breaks:
+                raise self._breaks.pop()
             yield io.BytesIO(self._newest.splitlines(keepends=True)[-1] if self._newest else b"")
         else:
             self.asked.append("all")
             yield io.BytesIO(self._files.pop(0) if len(self._files) > 1 else self._newest)
 
 
-def followed(*files: bytes) -> tuple[list[str], bytes, str]:
+def followed(*files: bytes, breaks: list[Exception] | None = None) -> tuple[list[str], bytes, str]:
     """What was asked for, what came, and what is said to be lost."""
-    api, got = TurnedOver(*files), list[bytes]()
+    api, got = TurnedOver(*files, breaks=breaks or []), list[bytes]()
     follower = LogFollower(api, "path", "main", Delivery(lambda _, data: got.append(data), None), 60.0)
     follower.start()
     follower.ended(30.0)
@@ -215,17 +244,37 @@ def followed(*files: bytes) -> tuple[list[str], bytes, str]:
 
 
 def a_file(first: int, last: int) -> bytes:
-    return b"".join(stamp(tenth * 10**8) + b"x" * (1 << 20) + b"\n" for tenth in range(first, last))
+    return b"".join(written(tenth, 1 << 20) for tenth in range(first, last))
 
 
 def test_a_large_log_in_one_file_is_read_once():
     asked, got, lost = followed(a_file(0, 30))
-    assert (asked, len(got), lost) == (["all", "the last line"], 30 * ((1 << 20) + 1), "")
+    assert (asked, len(got), lost) == (["all", "the last line"], 30 << 20, "")
 
 
 def test_a_newer_file_is_read_too():
     asked, got, lost = followed(a_file(0, 30), a_file(30, 42))
-    assert (asked, len(got), lost) == (["all", "the last line"] * 2, 42 * ((1 << 20) + 1), "")
+    assert (asked, len(got), lost) == (["all", "the last line"] * 2, 42 << 20, "")
+
+
+def test_an_api_that_is_away_when_the_last_line_is_asked_for_costs_nothing():
+    asked, got, lost = followed(a_file(0, 30), a_file(30, 42), breaks=[EngineUnavailable("away")])
+    assert (asked, len(got), lost) == (["all", "the last line"] * 2, 42 << 20, "")
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(monkeypatch):
+    read, breaks = io.BytesIO.read1, [urllib3.exceptions.ProtocolError()]
+
+    class Breaking(io.BytesIO):
+        def read1(self, size=-1):
+            if len(self.getvalue()) < 1 << 20 and breaks:
+                raise breaks.pop()
+            return read(self, size)
+
+    monkeypatch.setattr("tests.unit.test_kube_log.io.BytesIO", Breaking)
+    asked, got, lost = followed(a_file(0, 30), a_file(30, 42))
+    assert breaks == []
+    assert (asked, len(got), lost) == (["all", "the last line"] * 2, 42 << 20, "")
 
 
 def test_a_file_that_went_unread_is_told_of_whether_more_came_after_it_or_not():
