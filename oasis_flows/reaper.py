@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from http.client import NOT_FOUND
+from itertools import chain
 from socket import gethostname
 from typing import Any
 from uuid import UUID
@@ -57,8 +58,10 @@ PROCESS_GONE = "The process that ran it is gone: it was killed, or its worker wa
 # All deployments of `prefect.yaml` have it, and so have their runs.
 TAG = "oasis-flows"
 NEVER_BEGAN = "A worker took it and it never began: its worker died."
+DIED_AT_ONCE = "The process that ran it died before it had done anything."
 NEVER_CANCELLED = "It was to be cancelled, and nobody was there to do it."
 LABEL_WORKER, LABEL_POOL = "prefect.worker.name", "prefect.work-pool.name"
+_PAGE = 200
 # A run whose last step has failed holds its lease no longer, and Prefect may learn of that late.
 SILENCE_SECONDS = 30.0
 PATIENCE_SECONDS = 600.0
@@ -101,7 +104,7 @@ def reap(settings: Settings, *, now: bool = False) -> Reaped:
     """
     ended = tuple[str, ...]()
     with _noted("Prefect could not be told which runs nobody works on"):
-        ended = _end_forgotten(settings.begin_seconds)
+        ended = _end_forgotten(settings)
     swept = sweep(settings, now=now)
     return replace(swept, runs=swept.runs + ended)
 
@@ -196,7 +199,7 @@ def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> Reape
     place = Workspace(settings.workspaces / str(run.id))
     with lease.taken(place.lease, silence_seconds) as dead, get_client(sync_client=True) as client:
         # The owner that died may have been that of an earlier attempt, and the one of this attempt is only on its way here.
-        if not dead or run.state is None or lease.attempt_of(place.lease) != run.run_count:
+        if not dead or run.state is None or lease.attempt_of(place.lease) != _attempt(run):
             return Reaped()
         cancelled, verdict = run.state.is_cancelling(), gone(run)
         state: State[Any] = (
@@ -217,29 +220,55 @@ def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> Reape
     return told
 
 
-def _end_forgotten(begin_seconds: float) -> tuple[str, ...]:
-    ended = []
+def _end_forgotten(settings: Settings) -> tuple[str, ...]:
+    ended, seconds = [], settings.begin_seconds
     with get_client(sync_client=True) as client:
-        for found in [*_waiting(client), *_begun(client)]:
+        for found in chain(_waiting(client), _begun(client, settings)):
             with _noted("Prefect could not be told the end of run %s", found.id):
-                if _is_forgotten(client, found, begin_seconds) and _end(client, client.read_flow_run(found.id), begin_seconds):
+                if _is_forgotten(client, found, seconds) and _end(client, client.read_flow_run(found.id), seconds):
                     ended.append(str(found.id))
     return tuple(ended)
 
 
-def _waiting(client: SyncPrefectClient) -> list[FlowRun]:
+def _each(client: SyncPrefectClient, **filters: Any) -> Iterator[FlowRun]:
+    """All of these runs, the oldest first; the server tells so many at a time."""
+    found = list[FlowRun]()
+    while page := client.read_flow_runs(**filters, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=_PAGE, offset=len(found)):
+        found += page
+        if len(page) < _PAGE:
+            break
+    # They are ended while they are looked through, and would no longer be counted.
+    yield from found
+
+
+def _waiting(client: SyncPrefectClient) -> Iterator[FlowRun]:
     states = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.CANCELLING]))
     wanted = FlowRunFilter(state=states, tags=FlowRunFilterTags(all_=[TAG]))
-    found = client.read_flow_runs(flow_run_filter=wanted, sort=FlowRunSort.EXPECTED_START_TIME_ASC)
-    return [run for run in found if run.deployment_id is not None]
+    return (run for run in _each(client, flow_run_filter=wanted) if run.deployment_id is not None)
 
 
-def _begun(client: SyncPrefectClient) -> list[FlowRun]:
+def _begun(client: SyncPrefectClient, settings: Settings) -> Iterator[FlowRun]:
     """Runs of ours whose process died, if it did, before there was anything else that knew of it."""
     running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
     named = FlowFilter(name=FlowFilterName(any_=["algorithm-task", "batch", "train"]))
-    found = client.read_flow_runs(flow_filter=named, flow_run_filter=running, sort=FlowRunSort.EXPECTED_START_TIME_ASC)
-    return [run for run in found if _is_ours(run) and run.labels.get(LABEL_ATTEMPT) != run.run_count]
+    found = _each(client, flow_filter=named, flow_run_filter=running)
+    return (run for run in found if _is_ours(run) and not _had_a_watchdog(run) and not _is_owned(run, settings))
+
+
+def _attempt(run: FlowRun) -> int:
+    """Which attempt it is: Prefect counts a run that goes on after a pause as another one."""
+    return run.run_count - bool(run.empirical_policy.resuming)
+
+
+def _had_a_watchdog(run: FlowRun) -> bool:
+    return int(str(run.labels.get(LABEL_ATTEMPT, 0))) >= _attempt(run)
+
+
+def _is_owned(run: FlowRun, settings: Settings) -> bool:
+    """Does a process of this machine work on it?"""
+    place = Workspace(settings.workspaces / str(run.id))
+    with lease.taken(place.lease, 0) as free:
+        return not free and not lease.missing(place.lease)
 
 
 def _is_ours(run: FlowRun) -> bool:
@@ -264,7 +293,7 @@ def _end(client: SyncPrefectClient, run: FlowRun, begin_seconds: float) -> bool:
     if run.state is None or age(run.state) < begin_seconds:
         return False
     if run.state.is_running():
-        is_over, verdict = run.labels.get(LABEL_ATTEMPT) != run.run_count, gone(run)
+        is_over, verdict = not _had_a_watchdog(run), judge(ProcessGone(DIED_AT_ONCE + _again(run)))
     else:
         is_over, verdict = run.state.is_pending() or run.state.is_cancelling(), judge(ProcessGone(NEVER_BEGAN + _again(run)))
     if not is_over:

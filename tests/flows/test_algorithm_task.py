@@ -197,6 +197,14 @@ def again(ran, engine, **parameters):
     return Ran(ran.server, ran.home, state)
 
 
+def test_a_run_says_which_of_its_attempts_has_a_watchdog(ran):
+    first = ran(FakeEngine(count), Algorithm(docker_image=IMAGE))
+    assert first.run["labels"]["oasis.attempt"] == 1
+    parameters = {"algorithm": Algorithm(docker_image=IMAGE), "input_dataset": first.result}
+    second = again(first, FakeEngine(count), **parameters).run
+    assert second["labels"]["oasis.attempt"] == second["run_count"] == 2
+
+
 # Success
 
 

@@ -1,12 +1,13 @@
 """What `reap` tells Prefect of runs that nobody works on."""
 
 import dataclasses
+import shutil
 import uuid
 
 import pytest
 from prefect.client.orchestration import get_client
 
-from oasis_flows import reaper, settings
+from oasis_flows import reaper, settings, workspace
 from oasis_flows.__main__ import main
 from oasis_flows.reaper import LABEL_HOST, LABEL_POOL, LABEL_WORKER, reap, sweep
 from tests.servers.prefect import PrefectServer
@@ -106,6 +107,24 @@ def test_a_call_that_runs_and_never_had_a_watchdog_is_ended(deployed, labels, th
 
     assert _reaped(deployed, run_id) == then
     assert deployed.api(f"/flow_runs/{run_id}")["run_count"] == 1
+
+
+def test_a_run_that_was_paused_is_the_same_attempt(deployed):
+    run_id = _begun(deployed, {"algorithm": "a", "input_dataset": "b"}, {reaper.LABEL_ATTEMPT: 1})
+    deployed.api(
+        f"/flow_runs/{run_id}/set_state",
+        {"state": {"type": "PAUSED", "state_details": {"pause_timeout": "2100-01-01T00:00:00Z"}}},
+    )
+    deployed.api(f"/flow_runs/{run_id}/resume", {})
+
+    assert _reaped(deployed, run_id) == "RUNNING"
+
+
+def test_one_that_a_process_here_works_on_is_left_alone(deployed):
+    run_id = _begun(deployed, {"algorithm": "a", "input_dataset": "b"})
+    with workspace.open_workspace(settings.current().workspaces, run_id):
+        assert _reaped(deployed, run_id) == "RUNNING"
+    shutil.rmtree(settings.current().workspaces / run_id)
 
 
 def test_a_run_that_sweeps_its_machine_leaves_all_of_that_alone(deployed):

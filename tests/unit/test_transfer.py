@@ -91,14 +91,18 @@ def test_a_signal_in_the_main_thread_ends_all_work_before_it_goes_on(work: str) 
         finally:
             at_work.remove(number)
 
+    def begin_and_be_interrupted(seconds: float) -> None:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        with closing(in_order(busy, range(8))) as results:
+            list(results)
+
     before = signal.signal(signal.SIGUSR1, stop)
     try:
         # The first ones come while threads are being started.
         for milliseconds in (*range(1, 30), 300):
             started = time.monotonic()
-            threading.Timer(milliseconds / 1000, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-            with pytest.raises(Terminated), closing(in_order(busy, range(8))) as results:
-                list(results)
+            with pytest.raises(Terminated):
+                begin_and_be_interrupted(milliseconds / 1000)
             assert not at_work
             assert time.monotonic() - started < 2
             time.sleep(0.01)
