@@ -10,6 +10,7 @@
     │   ├── DatasetNotFound          nothing there, or a run that never published
     │   ├── UnsafeName               a file name or link that cannot be carried safely
     │   ├── DuplicateName            two shards of a batch wrote the same name
+    │   ├── DatasetChanged *         it is another than it was listed as
     │   ├── ChecksumMismatch         the bytes are not those of the manifest
     │   ├── StoreDenied              wrong credentials, or no right to do this
     │   ├── StoreFull
@@ -120,6 +121,12 @@ class DuplicateName(DatasetError):
     """Two shards of a batch wrote a file of the same name."""
 
     code = "duplicate_name"
+
+
+class DatasetChanged(DatasetError):
+    """A file is another than it was listed as: it was changed, or a listing arrived damaged. Another try lists it anew."""
+
+    transient = True
 
 
 class ChecksumMismatch(DatasetError):

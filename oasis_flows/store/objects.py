@@ -27,7 +27,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from ..errors import DatasetError, StoreDenied, StoreUnavailable
+from ..errors import DatasetChanged, DatasetError, StoreDenied, StoreUnavailable
 from ..manifest import Entry
 from .transfer import CHUNK_BYTES, TRIED, Location, checkpoint, pause, soon, translated, turn, wait
 
@@ -404,7 +404,7 @@ class _Version:
         """Note what answered, or raise if it is another object, which a bit that flipped in an answer's head looks like."""
         if not self.is_(etag):
             if self._wanted and self._now() != self._wanted:
-                raise DatasetError(f"{where} was changed while it was read. Run it again once nobody writes there.")
+                raise DatasetChanged(f"{where} was changed while it was read. Run it again once nobody writes there.")
             raise StoreUnavailable(f"{where} was changed while it was read, or arrived damaged. Try again.")
         self._etag, self.size = _bare(etag), size
 

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from ..errors import ChecksumMismatch, DatasetError, StoreFull
+from ..errors import ChecksumMismatch, DatasetChanged, DatasetError, StoreFull
 from ..job import human_bytes
 from ..manifest import Entry, Summary, checked
 from .dataset import (
@@ -120,9 +120,13 @@ def _compared(found: Iterable[Entry], promised: Iterable[Entry], root: Path) -> 
         yield mine
 
 
-def _mismatch(where: str, wanted: Entry, found: Entry) -> ChecksumMismatch:
+def _mismatch(where: str, wanted: Entry, found: Entry) -> DatasetError:
+    if wanted.sha256 is None:
+        return DatasetChanged(
+            f"{wanted.path!r} in {where} is not what was listed: {wanted.bytes} bytes then, {found.bytes} now. Run it again once nobody writes there."
+        )
     return ChecksumMismatch(
-        f"{wanted.path!r} in {where} is not what was published. Wanted: {wanted.bytes} bytes, {wanted.sha256 or wanted.etag}; "
+        f"{wanted.path!r} in {where} is not what was published. Wanted: {wanted.bytes} bytes, {wanted.sha256}; "
         f"found: {found.bytes} bytes, {found.sha256}. Restore it, or publish the dataset again."
     )
 
@@ -223,7 +227,7 @@ class _FetchOne:
         try:
             return self._fetch(wanted), True
         except Missing as error:
-            raise DatasetError(
+            raise DatasetChanged(
                 f"{wanted.path!r} was listed and is gone. Run it again once nobody writes there. {error}"
             ) from error
 

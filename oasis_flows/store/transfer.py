@@ -100,7 +100,7 @@ class Files(Protocol):
 
         Raises:
             Missing: there is no such file.
-            DatasetError: `etag` is given and the file is another by now.
+            DatasetError: `etag` is given and the file is another by now (`DatasetChanged`, where an answer may have been damaged).
         """
         ...
 
