@@ -19,7 +19,7 @@ from prefect.states import Failed
 
 from . import oscar
 from .batching import Batch
-from .errors import AlgorithmFailed, DatasetError, OasisError, StoreDenied, StoreFull
+from .errors import AlgorithmFailed, DatasetChanged, DatasetError, OasisError, StoreDenied, StoreFull
 from .job import ContainerExit, Reason
 from .ledger import Ledger, Row
 from .manifest import Summary
@@ -189,7 +189,8 @@ def ending_of(error: OasisError) -> Ending:
     """What an error means for the schedule."""
     if isinstance(error, AlgorithmFailed):
         return ending_of_reason(error.exit.reason)
-    if error.transient or isinstance(error, StoreFull):
+    # Another try of a shard reads the same saved listing: its file stays another.
+    if (error.transient and not isinstance(error, DatasetChanged)) or isinstance(error, StoreFull):
         return Ending.UNKNOWN
     if isinstance(error, DatasetError) and not isinstance(error, StoreDenied):
         # A file that is gone, changed, or misnamed by the algorithm: the others may be well.

@@ -24,6 +24,7 @@ from oasis_flows.capacity import Node, Vector
 from oasis_flows.errors import (
     AlgorithmFailed,
     ContainerLost,
+    DatasetChanged,
     DatasetError,
     DescriptionError,
     DuplicateName,
@@ -40,7 +41,9 @@ from oasis_flows.ledger import Ledger
 from oasis_flows.lifecycle import clean_up
 from oasis_flows.machine import grows, stand_in
 from oasis_flows.plan import plan_run
+from oasis_flows.schedule import Ending
 from oasis_flows.settings import current
+from oasis_flows.shards import ending_of
 from oasis_flows.store import Notes
 from oasis_flows.testing import FakeEngine, host_path
 from oasis_flows.work_pool import _never_begins, _waited_for
@@ -746,6 +749,32 @@ def test_a_change_that_leaves_a_files_size_is_noticed_before_its_shard_runs(ran,
     assert bad["file"] == "f"
     assert "was changed after it had been listed" in bad["verdict"]["sentence"]
     assert sorted(done.content) == [*"abcde"]
+
+
+def test_a_file_that_vanishes_costs_the_batch_no_other(ran, notes):
+    dataset = notes(*"abcdef")
+
+    def removes_f(job, log):
+        (Path(dataset.url) / "f").unlink(missing_ok=True)
+        return upper(job, log)
+
+    done = ran(FakeEngine(removes_f), dataset, files_per_shard=1, max_parallel=1)
+
+    (bad,) = done.lines("failed.jsonl")
+    assert bad["file"] == "f"
+    assert sorted(done.content) == [*"abcde"]
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"),
+    [
+        (DatasetChanged("f was changed while it was read."), Ending.FAILED),
+        (StoreUnavailable("It did not answer."), Ending.UNKNOWN),
+        (StoreDenied("No."), Ending.HOPELESS),
+    ],
+)
+def test_what_is_another_than_was_listed_is_the_files_fault_and_a_store_that_is_away_is_nobodys(error, ending):
+    assert ending_of(error) is ending
 
 
 @pytest.mark.parametrize(
