@@ -313,21 +313,23 @@ class ChainBroken(OasisError):
 class AlgorithmFailed(OasisError):
     """The container ran and did not succeed.
 
-    `exit` says how it ended, `verdict` what that means and what to do; the verdict's code is the error's.
+    `exit` says how it ended, `verdict` what that means and what to do; the verdict's code is the error's. `log` is where its whole log
+    is: a URL in the store, or a path on the worker's machine where it could not be published.
     """
 
     exit_code = 1
     stage = "run_container"
 
-    def __init__(self, message: str, exit: ContainerExit, verdict: Verdict) -> None:
+    def __init__(self, message: str, exit: ContainerExit, verdict: Verdict, log: str) -> None:
         super().__init__(message)
         self.exit = exit
         self.verdict = verdict
+        self.log = log
         self.code = verdict.code
 
-    def __reduce__(self) -> tuple[type[AlgorithmFailed], tuple[str, ContainerExit, Verdict]]:
+    def __reduce__(self) -> tuple[type[AlgorithmFailed], tuple[str, ContainerExit, Verdict, str]]:
         """Pickle with all arguments: Prefect stores and rebuilds exceptions."""
-        return type(self), (str(self), self.exit, self.verdict)
+        return type(self), (str(self), self.exit, self.verdict, self.log)
 
 
 def first_sentence(error: BaseException) -> str:

@@ -49,12 +49,14 @@ def run(options: Options) -> int:
     given = _given(options)
     with _shown():
         state = cast(State[Any], algorithm_task(**given, return_state=True))
-    return _end(state, as_json=options.json, published=_published(state.result(raise_on_failure=False)))
+    return _end(state, as_json=options.json)
 
 
-def _published(result: object) -> bool:
+def _published(result: object, url: str) -> bool:
     """Is anything of the run in its store? Not of one that failed before its container had ended."""
-    return isinstance(result, Dataset | AlgorithmFailed) or (isinstance(result, OasisError) and result.stage == PUBLISH)
+    if isinstance(result, AlgorithmFailed):
+        return result.log.startswith(url)
+    return isinstance(result, Dataset) or (isinstance(result, OasisError) and result.stage == PUBLISH)
 
 
 def batch(options: Options) -> int:
@@ -68,7 +70,7 @@ def batch(options: Options) -> int:
             state = begin_again(options.resume, batch_flow, given, settings.current())
         else:
             state = cast(State[Any], batch_flow(**given, return_state=True))
-    return _end(state, as_json=options.json)
+    return _end(state, as_json=options.json, in_parts=True)
 
 
 def plan_batch(options: Options) -> int:
@@ -240,9 +242,10 @@ def _shown() -> Iterator[None]:
         yield
 
 
-def _end(state: State[Any], *, as_json: bool, published: bool = True) -> int:
+def _end(state: State[Any], *, as_json: bool, in_parts: bool = False) -> int:
+    """Print what became of a run; return the command's exit code. What is done in parts is in the store from the beginning."""
     result = state.result(raise_on_failure=False)
-    _print_run(state, result, as_json=as_json, published=published)
+    _print_run(state, result, as_json=as_json, in_parts=in_parts)
     if isinstance(result, Dataset):
         return 0
     return result.exit_code if isinstance(result, OasisError) else 3
@@ -255,7 +258,7 @@ def _pairs(written: list[str]) -> dict[str, str]:
     return pairs
 
 
-def _print_run(state: State[Any], result: object, *, as_json: bool, published: bool) -> None:
+def _print_run(state: State[Any], result: object, *, as_json: bool, in_parts: bool) -> None:
     run_id = str(state.state_details.flow_run_id)
     source = open_log(run_id, settings.current())
     tail = b"".join(source.tail(10)).decode(errors="replace").splitlines()
@@ -266,7 +269,7 @@ def _print_run(state: State[Any], result: object, *, as_json: bool, published: b
         "message": state.message if not state.is_completed() else None,
         "verdict": judge(result).to_json() if isinstance(result, OasisError) else None,
         "dataset": result._block_document_name if isinstance(result, Dataset) else None,
-        "url": source.url if published else None,
+        "url": source.url if source.url and (in_parts or _published(result, source.url)) else None,
         "ui_url": source.ui_url,
         "log_tail": tail,
     }

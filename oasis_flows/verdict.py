@@ -97,7 +97,7 @@ def failure(verdict: Verdict, exit: ContainerExit, log: str) -> AlgorithmFailed:
     """The exception that a verdict on a container stands for; `log` says where the whole log is."""
     said = f" {SILENT}" if verdict.evidence == (SILENT,) else f" Its last lines: {' | '.join(verdict.evidence)}"
     done = f" {verdict.action}" if verdict.action else ""
-    return AlgorithmFailed(f"{verdict.sentence} {verdict.advice}{done}{said} The whole log: {log}", exit, verdict)
+    return AlgorithmFailed(f"{verdict.sentence} {verdict.advice}{done}{said} The whole log: {log}", exit, verdict, log)
 
 
 _BLAME: dict[type[OasisError], Blame] = {

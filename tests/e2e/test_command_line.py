@@ -391,10 +391,11 @@ def test_a_failed_algorithm_ends_with_one_also_when_its_output_could_not_be_kept
         return 1
 
     with stand_in(FakeEngine(fail)):
-        code, _, err = call(*described)
+        code, out, err = call(*described)
 
     assert "ended with exit code 1" in err
     assert code == 1
+    assert out.splitlines()[-1] == "nothing was published"
 
 
 @pytest.fixture

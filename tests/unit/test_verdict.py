@@ -315,7 +315,7 @@ def test_the_exception_carries_everything_and_survives_pickling() -> None:
 
     assert isinstance(error, AlgorithmFailed)
     assert error.code == "module_missing"
-    assert (str(again), again.exit, again.verdict) == (str(error), exit, error.verdict)
+    assert (str(again), again.exit, again.verdict, again.log) == (str(error), exit, error.verdict, "s3://b/log.txt")
     assert judge(error) is error.verdict
     for part in (error.verdict.sentence, error.verdict.advice, "It was run again.", MODULE, "s3://b/log.txt"):
         assert part in str(error)
