@@ -58,6 +58,7 @@ PROCESS_GONE = "The process that ran it is gone: it was killed, or its worker wa
 # All deployments of `prefect.yaml` have it, and so have their runs.
 TAG = "oasis-flows"
 NEVER_BEGAN = "A worker took it and it never began: its worker died."
+ENDED_AT_ONCE = "Its process ended before the run began, as it does where the Prefect server is away in that moment. The log of its worker says why."
 DIED_AT_ONCE = "The process that ran it died before it had done anything."
 NEVER_CANCELLED = "It was to be cancelled, and nobody was there to do it."
 LABEL_WORKER, LABEL_POOL = "prefect.worker.name", "prefect.work-pool.name"
@@ -341,7 +342,7 @@ def may_return(run: FlowRun) -> bool:
 
 def gone(run: FlowRun) -> Verdict:
     """What there is to say of a run whose process is gone."""
-    return judge(ProcessGone(PROCESS_GONE + _again(run)))
+    return judge(ProcessGone((PROCESS_GONE if run.run_count else ENDED_AT_ONCE) + _again(run)))
 
 
 def _again(run: FlowRun) -> str:

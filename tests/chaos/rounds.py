@@ -158,6 +158,8 @@ def play(world: World, plan: Round) -> Played:
         each.result()
     until = time.monotonic() + END_SECONDS
     for player in players.values():
+        # A worker that cannot reach the server as it starts gives up.
+        world.worker.keep()
         player.wait(until)
     _await_the_automations(world, [player.token for player in players.values()])
     return Played(plan, tuple(players.values()), strikes, frozenset(hit))

@@ -138,3 +138,15 @@ def test_every_shipped_deployment_can_be_told_by_its_tag(deployed):
     shipped = deployed.api("/deployments/filter", {"deployments": {"name": {"any_": ["algorithm-task", "batch", "reap"]}}})
     assert [each["name"] for each in shipped if reaper.TAG not in each["tags"]] == []
     assert shipped
+
+
+@pytest.mark.parametrize(
+    ("began", "says"), [(False, "before the run began"), (True, "it was killed, or its worker was stopped")]
+)
+def test_of_a_process_that_ended_it_is_told_whether_the_run_had_begun(prefect_server, began, says):
+    run_id = _begun(prefect_server, {}) if began else _waiting(prefect_server, "PENDING")
+    with get_client(sync_client=True) as client:
+        verdict = reaper.gone(client.read_flow_run(uuid.UUID(run_id)))
+
+    assert says in verdict.sentence
+    assert verdict.code == "process_gone"

@@ -41,6 +41,12 @@ CUT = replace(TRUTH, against=frozenset({"cut the server"}), hit=frozenset({"cut 
                 state="CRASHED", message="It was taken an hour ago and never began.", told={"raised": "RemoteProtocolError"}
             ),
         ),
+        (
+            replace(CUT, called=False),
+            Claims(
+                state="CRASHED", message="Process exited with status code: 1. Process exited with a general error.", attempts=0
+            ),
+        ),
     ],
     ids=[
         "completed",
@@ -51,6 +57,7 @@ CUT = replace(TRUTH, against=frozenset({"cut the server"}), hit=frozenset({"cut 
         "crashed with half a log",
         "crashed behind the commit, and failed when it was tried again",
         "refused by the server",
+        "its process was refused by the server",
     ],
 )
 def test_what_is_true_is_no_finding(truth, claims):
@@ -77,6 +84,11 @@ def test_what_is_true_is_no_finding(truth, claims):
         (TRUTH, replace(COMPLETED, place=replace(PLACE, log=LOG + b"out 2\n")), "its log has"),
         (TRUTH, Claims(state="CRASHED", place=Place(log=b"out 2\n")), "its log has"),
         (CUT, Claims(state="CRASHED", told={"raised": "RemoteProtocolError"}), "nobody ended its process"),
+        (
+            replace(CUT, called=False),
+            Claims(state="CRASHED", message="Process exited with status code: 1."),
+            "nobody ended its process",
+        ),
         (TRUTH, FAILED, "is blamed for what was done to it"),
         (TRUTH, replace(COMPLETED, told={"raised": "X"}), "its caller was told"),
         (TRUTH, replace(FAILED, place=Place(record={"verdict": {"code": "killed"}}), told=None), "nobody did"),
