@@ -238,7 +238,8 @@ class Supervision:
         self._delivery = Delivery(log, job.resources.log_bytes)
         self._follower: LogFollower | None = None
         self._passed: Passed | None = None
-        self._stopped = self._lingers = self._deleting = self._told_deletion = False
+        self._stopped = self._lingers = self._deleting = False
+        self._gone_by = math.inf
         self._in_force: Json = {}
         self._began, self._started_at = time.monotonic(), 0.0
         self._asked, self._told, self._renewed, self._looked_for_room = 0.0, "", 0.0, False
@@ -284,14 +285,26 @@ class Supervision:
         return sight.gone or (sight.pod is not None and (verdict.has_ended(sight.pod) or verdict.is_orphaned(sight.pod)))
 
     def _note_deletion(self, sight: Sight) -> None:
-        """Say at once that somebody else ends it: its container may take all of its grace."""
-        if sight.pod is None or self._deleting or self._told_deletion or not sight.pod["metadata"].get("deletionTimestamp"):
+        """Say at once that somebody else ends it: its container may take all of its grace.
+
+        Raises:
+            ContainerLost: nobody has seen it end for long after that. The cluster shows the pods of a lost node as they last were for as long
+                as there is the node.
+        """
+        if sight.pod is None or self._deleting or not sight.pod["metadata"].get("deletionTimestamp"):
             return
-        self._told_deletion = True
-        self._cluster.tell(
-            f"The pod {sight.pod['metadata']['name']} is being deleted, by somebody else or by the cluster; its container has "
-            f"{sight.pod['metadata'].get('deletionGracePeriodSeconds', 0)} s to end."
-        )
+        now, name = time.monotonic(), sight.pod["metadata"]["name"]
+        grace = sight.pod["metadata"].get("deletionGracePeriodSeconds") or 0
+        if self._gone_by == math.inf:
+            self._gone_by = now + grace + _SECONDS_TO_DIE
+            self._cluster.tell(
+                f"The pod {name} is being deleted, by somebody else or by the cluster; its container has {grace} s to end."
+            )
+        elif now > self._gone_by:
+            raise ContainerLost(
+                f"The node {sight.pod['spec'].get('nodeName')} does not answer: the pod {name} is to be gone for {_SECONDS_TO_DIE:.0f} s, and "
+                "nobody has seen its end. Run it again; what runs there ends when the node is back."
+            )
 
     def _is_over(self) -> bool:
         """Does nothing of it run any more? A pod whose Job was deleted without it does."""

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from oasis_flows import lease
-from oasis_flows.engines import pod as spec
+from oasis_flows.engines import kube_run, kubernetes, pod as spec
 from oasis_flows.engines.kube_access import Access, from_content
 from oasis_flows.engines.kubernetes import KubernetesEngine
 from oasis_flows.errors import (
@@ -324,6 +324,20 @@ class TestBrokenWays:
 
         assert heard[0] < 2
         assert sum("being deleted" in line for line in told) == 1
+
+    def test_a_pod_of_whose_end_nobody_hears_is_given_up(self, engine, double, job, told, monkeypatch):
+        """As of a node that is lost: the cluster deletes its pods, and no kubelet says that they are gone."""
+        monkeypatch.setattr(kube_run, "_SECONDS_TO_DIE", 2.0)
+        monkeypatch.setattr(kubernetes, "_SECONDS_TO_GO", 1.0)
+        double.script, double.seconds_to_die = Script(states=((0.0, running()),)), 3600.0
+        threading.Timer(0.7, lambda: double.delete_pod(next(iter(double.pods)))).start()
+
+        with pytest.raises(ContainerLost, match="The node k8s-node does not answer") as lost:
+            engine.run(job(), Log())
+
+        assert lost.value.transient
+        assert any("being deleted" in line for line in told)
+        assert not double.jobs
 
     def test_an_eviction_says_so(self, engine, double, job):
         last = running()
