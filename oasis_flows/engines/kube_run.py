@@ -239,7 +239,7 @@ class Supervision:
         self._follower: LogFollower | None = None
         self._passed: Passed | None = None
         self._stopped = self._lingers = self._deleting = False
-        self._gone_by = math.inf
+        self._gone_by, self._unheard = math.inf, False
         self._in_force: Json = {}
         self._began, self._started_at = time.monotonic(), 0.0
         self._asked, self._told, self._renewed, self._looked_for_room = 0.0, "", 0.0, False
@@ -269,6 +269,7 @@ class Supervision:
             if self._ended(sight):
                 return sight
             self._note_deletion(sight)
+            self._note_silence(sight)
             if pod is None or not verdict.is_running(pod):
                 self._explain(sight)
             if self._follower is not None and self._follower.failed.is_set():
@@ -304,6 +305,18 @@ class Supervision:
             raise ContainerLost(
                 f"The node {sight.pod['spec'].get('nodeName')} does not answer: the pod {name} is to be gone for {_SECONDS_TO_DIE:.0f} s, and "
                 "nobody has seen its end. Run it again; what runs there ends when the node is back."
+            )
+
+    def _note_silence(self, sight: Sight) -> None:
+        """Say that the node says nothing any more, and that it does again: the cluster waits for minutes before it gives it up."""
+        pod = sight.pod
+        if pod is not None and self._gone_by == math.inf and verdict.is_unheard(pod) is not self._unheard:
+            self._unheard = not self._unheard
+            node = pod["spec"].get("nodeName")
+            self._cluster.tell(
+                f"The node {node} no longer answers, so nothing is known of the algorithm. The cluster waits for it, by default five minutes."
+                if self._unheard
+                else f"The node {node} answers again."
             )
 
     def _is_over(self) -> bool:

@@ -110,6 +110,13 @@ def has_started(pod: Json) -> bool:
     return "running" in state or (state.get("terminated") or {}).get("startedAt") is not None
 
 
+def is_unheard(pod: Json) -> bool:
+    """Does its node say nothing any more? Then the cluster takes back that the pod is ready, and leaves what the node said last."""
+    status = pod["status"]
+    ready = any(each["name"] == spec.CONTAINER and each.get("ready") for each in status.get("containerStatuses") or ())
+    return ready and any(each["type"] == "Ready" and each["status"] != "True" for each in status.get("conditions") or ())
+
+
 def is_orphaned(pod: Json) -> bool:
     """Has its Job been deleted without it?"""
     return not pod["metadata"].get("ownerReferences")

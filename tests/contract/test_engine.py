@@ -177,9 +177,9 @@ class TestPromises:
         assert time.monotonic() - began < 5 + patience
         assert log.text("stdout") == b"begun\n"
 
-    def test_7_no_gpu_is_refused(self, start: Callable[..., ContainerExit]) -> None:
+    def test_7_gpus_that_nobody_has_are_refused(self, start: Callable[..., ContainerExit]) -> None:
         with pytest.raises(NoGpu):
-            start(NOTHING, Log(), resources=Resources(gpus=1))
+            start(NOTHING, Log(), resources=Resources(gpus=1000))
 
     @pytest.mark.parametrize("limit", [100_000, 0])
     def test_8_the_log_ends_exactly_at_its_limit(

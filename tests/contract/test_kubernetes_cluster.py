@@ -1,7 +1,7 @@
 """The Kubernetes engine on the cluster that KUBECONFIG names: ends, refusals, and what may happen to a Job from outside.
 
 Collected only where there is one: see `tests/conftest.py`. What it does not prove: other versions of Kubernetes, other runtimes, more than
-one node, and whether a network plugin acts on policies.
+one node (`test_kubernetes_nodes.py`), and whether a network plugin acts on policies.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from oasis_flows.capacity import Node
 from oasis_flows.engines import pod as spec
 from oasis_flows.engines.kube_access import find_access
 from oasis_flows.engines.kubernetes import KubernetesEngine
@@ -69,6 +70,12 @@ def another(cluster: TestCluster, told: list[str] | None = None, **changes: Any)
     """Another engine of the same cluster, of which `told` gets what it says."""
     place = spec.Place(namespace=cluster.namespace, claim=cluster.claim, home=cluster.home, pending_seconds=120)
     return KubernetesEngine(replace(place, **changes), tell=(told if told is not None else []).append, patience_seconds=60)
+
+
+def only_node(cluster: TestCluster) -> Node:
+    """The one node that takes pods."""
+    (node,) = (each for each in cluster.engine.nodes() if not each.closed)
+    return node
 
 
 class Ran:
@@ -186,7 +193,7 @@ class TestWaitingInVain:
 
     def test_a_full_cluster_is_waited_for_and_told(self, cluster: TestCluster, job: MakeJob) -> None:
         told: list[str] = []
-        (node,) = cluster.engine.nodes()
+        node = only_node(cluster)
         most = Resources(cpus=node.allocatable.millicpus / 1000 * 0.9, memory_bytes=64 * MIB)
         first = Ran(cluster.engine, job("echo begun; sleep 6", resources=most))
         first.until_begun()
@@ -197,7 +204,7 @@ class TestWaitingInVain:
         assert any("has started on" in line for line in told)
 
     def test_patience_ends(self, cluster: TestCluster, job: MakeJob) -> None:
-        (node,) = cluster.engine.nodes()
+        node = only_node(cluster)
         most = Resources(cpus=node.allocatable.millicpus / 1000 * 0.9, memory_bytes=64 * MIB)
         first = Ran(cluster.engine, job(FOREVER, resources=most))
         first.until_begun()
@@ -418,7 +425,7 @@ class TestPlaces:
 
     def test_a_claim_of_many_nodes_binds_no_algorithm_to_that_of_its_flow(self, cluster: TestCluster, job: MakeJob) -> None:
         """As from a flow run's pod, which says on which node it is."""
-        (node,) = cluster.engine.nodes()
+        node = only_node(cluster)
         ran = Ran(another(cluster, node=node.name), job("echo begun; sleep 3"))
         ran.until_begun()
         (row,) = cluster.objects("pods", ran.job.run_id)

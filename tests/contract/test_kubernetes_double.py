@@ -339,6 +339,15 @@ class TestBrokenWays:
         assert any("being deleted" in line for line in told)
         assert not double.jobs
 
+    def test_a_node_that_says_nothing_for_a_while_is_told_of_and_waited_for(self, engine, double, job, told):
+        silent = running()
+        next(each for each in silent["conditions"] if each["type"] == "Ready")["status"] = "False"
+        double.script = Script(states=((0.0, running()), (0.3, silent), (0.3, running()), (0.3, ended())))
+
+        assert engine.run(job(), Log()).reason is Reason.OK
+        said = [line for line in told if "k8s-node" in line and "answers" in line]
+        assert ["no longer answers" in line for line in said] == [True, False]
+
     def test_an_eviction_says_so(self, engine, double, job):
         last = running()
         last["conditions"].append(
