@@ -78,6 +78,44 @@ def written(record: Mapping[str, Any]) -> bytes:
     return text.encode() + b"\n"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recalled:
+    """What the steps of a run that succeeded found out, as its record tells."""
+
+    image: str
+    staged: Summary
+    exit: ContainerExit
+    first_try: ContainerExit | None
+    notes: Notes
+    published: Summary
+    seconds: Mapping[str, float]
+
+
+def recalled(record: Mapping[str, Any]) -> Recalled | None:
+    """What `task_json` was given; `None` where the run did not succeed, or another version of this package wrote it differently."""
+    try:
+        if record["verdict"]["code"] != Reason.OK:
+            return None
+        first, usage = record["first_try"], record["usage"]
+        seen = {
+            "in_force": record["sandbox"]["in_force"],
+            "usage": usage["samples"],
+            "cpu_seconds": usage["cpu_seconds"],
+            "forks_refused": usage["forks_refused"],
+        }
+        return Recalled(
+            image=record["image"],
+            staged=_counts(record["input"]),
+            exit=ContainerExit.from_json({**record["exit"], **seen, "last_words": ()}),
+            first_try=ContainerExit.from_json({**first, "usage": (), "last_words": ()}) if first else None,
+            notes=Notes.from_json({"ran": record["prerequisites"]["callbacks"], "algorithm": None, "refused": None}),
+            published=_counts(record["output"]),
+            seconds=record["seconds"],
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def oasis_status(verdict: Verdict) -> str:
     """The word RD-OASIS had for it."""
     return "Succeeded" if verdict.code == Reason.OK else "Failed"
@@ -276,6 +314,10 @@ def _cell(text: str) -> str:
 
 def _summary(summary: Summary) -> dict[str, Any]:
     return {"file_count": summary.file_count, "size_bytes": summary.size_bytes, "manifest_digest": summary.digest}
+
+
+def _counts(told: Mapping[str, Any]) -> Summary:
+    return Summary(file_count=told["file_count"], size_bytes=told["size_bytes"], digest=told["manifest_digest"])
 
 
 def document(plan: Plan) -> dict[str, Any]:

@@ -29,16 +29,16 @@ from .artifacts import TransferBar, show_waiting
 from .blocks import Dataset
 from .callbacks import Notes
 from .engines import Engine
-from .errors import OasisError, ServerUnavailable, UnsafeName
+from .errors import DatasetNotFound, OasisError, ServerUnavailable, UnsafeName
 from .job import ContainerExit, ContainerJob, Mount, Reason, counted, human_bytes, parse_bytes
 from .machine import open_engine, telling
 from .manifest import Summary
 from .plan import Plan, container_job, preparing_job
 from .prerequisites import Step
-from .record import task_json, written
+from .record import recalled, task_json, written
 from .settings import Settings
 from .verdict import PUBLISH, Case, Verdict, judge
-from .workspace import Workspace
+from .workspace import Workspace, room_for
 
 MARKER_STAGED, MARKER_IMAGE, MARKER_RUN, MARKER_PUBLISHED = "stage_input", "prepare_image", "run_container", PUBLISH
 # The end of a container that was killed for memory and is run again with more.
@@ -70,6 +70,39 @@ TRANSFER: dict[str, Any] = {
     "cache_policy": NO_CACHE,
     "persist_result": False,
 }
+
+
+@task(**TRANSFER)
+@step(MARKER_STAGED)
+def recall(plan: Plan, workspace: Workspace) -> None:
+    """Note the steps of this run as finished if an earlier attempt has published, and died before Prefect knew.
+
+    Then there is a dataset, and perhaps its document, and somebody may use it by now: nothing may be written over it, which might fail.
+    """
+    if workspace.done(MARKER_RUN):
+        return
+    try:
+        found = store.published(plan.output)
+    except DatasetNotFound:
+        return
+    known = recalled(found.record) if found else None
+    if known is None:
+        return
+    for name, path in ((store.LOG, workspace.log), (store.MANIFEST, workspace.published_manifest)):
+        with room_for(path), path.open("wb") as file:
+            file.writelines(store.read_file(plan.output, name))
+    if known.first_try:
+        workspace.mark_done(MARKER_FIRST_TRY, known.first_try.to_json())
+    # In this order: who dies in between is published all the same, or recalls it again, and nobody believes in an input that is not there.
+    notes: dict[str, dict[str, Any]] = {
+        MARKER_PUBLISHED: {"summary": asdict(known.published)},
+        MARKER_IMAGE: {"image": known.image},
+        MARKER_RUN: {"exit": known.exit.to_json(), "notes": known.notes.to_json(), "disk_free_bytes": None},
+        MARKER_STAGED: {"folder": str(workspace.input), "summary": asdict(known.staged)},
+    }
+    for name, note in notes.items():
+        workspace.mark_done(name, {**note, "seconds": known.seconds.get(name, 0.0)})
+    get_run_logger().info("An earlier attempt of this run has published its output.")
 
 
 @task(**TRANSFER)

@@ -145,9 +145,12 @@ class Workspace:
     def clear(self) -> bool:
         """Delete everything but the lease, which the owner goes on to hold; is it gone?
 
+        What is noted of finished steps goes first: it must never tell of files that are half gone.
+
         Raises:
             FileNotFoundError: there is no such folder.
         """
+        delete(self.path / "done")
         for child in self.path.iterdir():
             if child != self.lease:
                 delete(child)

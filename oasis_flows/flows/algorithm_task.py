@@ -20,7 +20,7 @@ from ..manifest import Summary
 from ..plan import Plan, ShardOf, as_shard, plan_run
 from ..record import Account
 from ..reporting import failed, succeeded
-from ..tasks import prepare_image, publish_output, run_container, stage_input
+from ..tasks import prepare_image, publish_output, recall, run_container, stage_input
 from ..verdict import Verdict, failure
 from ..workspace import Workspace
 from .parameters import JSON_EDITOR, OR_NAME, run_name
@@ -81,6 +81,8 @@ def algorithm_task(
             if shard is not None:
                 account.plan = plan = as_shard(plan, shard)
             announce(plan)
+            if plan.attempt > 1 and plan.part is None:
+                recall(plan, workspace)
             account.image = image = prepare_image(plan, workspace, here)
             input_folder, account.staged = stage_input(plan, workspace)
             account.exit, verdict = run_container(plan, workspace, here, image=image, input_folder=input_folder)

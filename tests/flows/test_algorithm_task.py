@@ -742,6 +742,50 @@ def test_a_retry_whose_workspace_is_gone_does_everything_again(ran, flaky, notes
     assert len(engine.jobs) == 2
 
 
+def test_a_retry_of_what_was_published_repeats_nothing_and_endangers_nothing(ran, notes, here):
+    """As of a run whose process died between its dataset's manifest, or document, and the word to Prefect."""
+    algorithm, tries = Algorithm(docker_image=IMAGE, memory="16MiB", memory_max="64MiB"), []
+
+    def count_with_enough_memory(job, log):
+        tries.append(job)
+        limit = job.resources.memory_bytes
+        return (
+            ContainerExit(reason=Reason.OUT_OF_MEMORY, exit_code=137, memory_limit_bytes=limit)
+            if len(tries) == 1
+            else count(job, log)
+        )
+
+    first = ran(FakeEngine(count_with_enough_memory), algorithm)
+    place = Path(first.result.url)
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    pages = [first.artifacts["oasis-run"]]
+    Dataset.delete(first.result._block_document_name)
+
+    engine = FakeEngine(count)
+    second = again(first, engine, algorithm=algorithm, input_dataset=notes)
+
+    assert second.run["state_type"] == "COMPLETED"
+    assert engine.jobs == []
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+    assert (second.result.url, second.result.file_count) == (first.result.url, 3)
+    assert Dataset.load(first.result._block_document_name).manifest_digest == first.result.manifest_digest
+    pages.append(second.artifacts["oasis-run"])
+    # The document was made anew.
+    assert len({re.sub(r"blocks/block/[-0-9a-f]+", "", page) for page in pages}) == 1
+    assert second.artifacts["oasis-output"] == first.artifacts["oasis-output"]
+    assert not second.workspace.exists()
+
+
+def test_a_retry_of_what_was_published_and_is_gone_does_everything_again(ran, notes):
+    first = ran(FakeEngine(count))
+    (Path(first.result.url) / "manifest.jsonl").unlink()
+    engine = FakeEngine(count)
+    second = again(first, engine, algorithm=Algorithm(docker_image=IMAGE), input_dataset=notes)
+
+    assert second.run["state_type"] == "COMPLETED"
+    assert len(engine.jobs) == 1
+
+
 def test_a_signal_that_came_while_a_model_was_written_is_no_failure(ran, prefect_server, here):
     class Written(BaseModel):
         @model_serializer

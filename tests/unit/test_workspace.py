@@ -129,6 +129,22 @@ def test_a_finished_step_is_found_by_the_next_attempt(tmp_path):
         assert second.done("stage_input") == {"files": 3}
 
 
+def test_no_finished_step_is_noted_any_more_when_its_files_begin_to_go(tmp_path, monkeypatch):
+    with workspace.open_workspace(tmp_path, "run") as place:
+        place.mark_done("stage_input", {"folder": str(place.input)})
+        place.input.mkdir()
+        noted = []
+
+        def look_and_delete(path, delete=workspace.delete):
+            noted.append((path.name, place.done("stage_input")))
+            delete(path)
+
+        monkeypatch.setattr(workspace, "delete", look_and_delete)
+        place.clear()
+
+    assert ("input", None) in noted
+
+
 def test_the_output_folder_is_empty_for_each_container(tmp_path):
     with workspace.open_workspace(tmp_path, "run") as space:
         (space.fresh_output() / "old").write_text("x")
