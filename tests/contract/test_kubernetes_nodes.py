@@ -1,8 +1,8 @@
-"""The Kubernetes engine on a cluster of several nodes: one that is lost, and GPUs, which are on some nodes and soon all in use.
+"""The Kubernetes engine on a cluster that has more: a node that can be lost, GPUs, which are soon all in use, and policies in force.
 
 Collected only where `LOSE_NODE` names a node of the cluster that `KUBECONFIG` names, and a program that cuts it off when it is called with
 `lose` and brings it back when it is called with `back`: `LOSE_NODE="two /path/to/program"`. The node is cordoned. Another one has at least two
-GPUs, or a device plugin that says so. What that does not prove: GPUs that compute.
+GPUs, or a device plugin that says so; and the network plugin acts on policies. What that does not prove: GPUs that compute, and other plugins.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ import pytest
 from oasis_flows.blocks import Algorithm, Dataset, DockerImage
 from oasis_flows.errors import ContainerLost, NoGpu
 from oasis_flows.flows.algorithm_task import algorithm_task
-from oasis_flows.job import Reason, Resources
+from oasis_flows.job import Reason, Resources, Sandbox
 from tests.contract.test_engine import Log
 from tests.contract.test_kubernetes_cluster import FOREVER, MakeJob, Ran, another, engine, job
+from tests.contract.test_sandbox import listener
 from tests.servers.cluster import TestCluster
 from tests.servers.engine import eventually
 from tests.servers.prefect import PrefectServer
 
-__all__ = ["engine", "job"]
+__all__ = ["engine", "job", "listener"]
 
 NODE, PROGRAM = os.environ["LOSE_NODE"].split()
 
@@ -153,3 +154,19 @@ class TestGpus:
         with pytest.raises(NoGpu, match=f"No node of the cluster has {most + 1} nvidia.com/gpu"):
             engine.run(job("true", resources=replace(self.ONE, gpus=most + 1)), Log())
         assert time.monotonic() - began < 20
+
+
+class TestNetwork:
+    # Some plugins learn of a pod only when it runs.
+    PROBE = "sleep 4; for a in $ADDRESSES; do nc -w 2 $a $PORT </dev/null && echo IN; done; echo tried"
+
+    @pytest.mark.parametrize("network", [False, True])
+    def test_an_algorithm_reaches_the_machine_only_if_its_document_opens_the_network(
+        self, engine: Any, job: MakeJob, listener: tuple[str, str], network: bool
+    ) -> None:
+        log = Log()
+        given = {"ADDRESSES": listener[0], "PORT": listener[1]}
+        engine.run(job(self.PROBE, environment=given, sandbox=Sandbox(network=network)), log)
+        said = log.text("stdout").splitlines()
+        assert said[-1] == b"tried"
+        assert (b"IN" in said) is network
