@@ -65,7 +65,7 @@ def in_cluster() -> Access:
     namespace = SERVICE_ACCOUNT / "namespace"
     return Access(
         server=f"https://{f'[{host}]' if ':' in host else host}:{port}",
-        tls=ssl.create_default_context(cafile=str(SERVICE_ACCOUNT / "ca.crt")),
+        tls=_trusting((SERVICE_ACCOUNT / "ca.crt").read_text()),
         headers=headers,
         namespace=namespace.read_text().strip() if namespace.exists() else "default",
     )
@@ -209,10 +209,21 @@ def _content(row: Mapping[str, Any], key: str) -> bytes | None:
     return Path(row[key]).read_bytes() if row.get(key) else None
 
 
+def _trusting(authority: str | None) -> ssl.SSLContext:
+    """What trusts these certificates, or those that the machine trusts.
+
+    Python 3.13 and later refuse, as RFC 5280 says, an authority without extensions that those of older clusters lack (Amazon's from before
+    Kubernetes 1.17). kubectl takes them, and checks chain, name and time as this does.
+    """
+    context = ssl.create_default_context(cadata=authority)
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
 def _tls(cluster: Mapping[str, Any], login: _Login) -> ssl.SSLContext:
     try:
         authority = _content(cluster, "certificate-authority")
-        context = ssl.create_default_context(cadata=authority.decode() if authority else None)
+        context = _trusting(authority.decode() if authority else None)
         if cluster.get("insecure-skip-tls-verify"):
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE

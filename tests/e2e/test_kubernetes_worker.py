@@ -1,13 +1,15 @@
 """Flow runs as pods of Prefect's Kubernetes worker, all of it from what is shipped: manifests, rights, pool, and the runner's image.
 
 Collected only where KUBECONFIG names a cluster: see `tests/conftest.py`. The cluster must have no namespace `oasis-flows`, its node must be
-this machine, and its pods must reach the API server and this machine. What is not proven: the Dockerfile itself, for want of a network;
-more than one node; and a storage class.
+this machine, and its pods must reach the API server and this machine. `FLOW_RUNNER` names an image file that was built by the Dockerfile;
+without it the image is one of this environment's own packages, and the Dockerfile is not proven. Nor are flow runs on several nodes, and a
+storage class.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -149,10 +151,9 @@ def installed(deployed: PrefectServer, cluster: TestCluster, tmp_path_factory: p
     folder = tmp_path_factory.mktemp("installed")
     with pytest.raises(Refused, match="not found"):
         cluster.api.call("GET", f"/api/v1/namespaces/{NAMESPACE}")
-    runner = cluster.engine.prepare(
-        ImageSource(image_file=str(docker_archive(cluster.home / "runner.tar", flow_runner_image())))
-    )
-    (node,) = cluster.api.call("GET", "/api/v1/nodes")["items"]
+    built = os.environ.get("FLOW_RUNNER") or docker_archive(cluster.home / "runner.tar", flow_runner_image())
+    runner = cluster.engine.prepare(ImageSource(image_file=str(built)))
+    (node,) = (row for row in cluster.api.call("GET", "/api/v1/nodes")["items"] if not row["spec"].get("unschedulable"))
     (address,) = (row["address"] for row in node["status"]["addresses"] if row["type"] == "InternalIP")
     with ExitStack() as stack:
         server = stack.enter_context(between(deployed.port, address))
