@@ -23,7 +23,7 @@ from prefect.flows import Flow
 from prefect.logging import get_run_logger
 from prefect.settings import get_current_settings
 
-from . import backoff, interruption, settings
+from . import backoff, settings
 from .artifacts import FAILED_TAG, first_files, tell_failure
 from .documents import patiently
 from .errors import OasisError, UnsafeName
@@ -88,7 +88,7 @@ def owned_workspace(here: Settings, account: Account) -> Iterator[Workspace]:
         RunInUse: another process works on this run.
         StoreFull: the folder cannot be made.
     """
-    with interruption.kept_in_mind(), beating(), watched(_environment(here)), _opened(here) as workspace:
+    with beating(), watched(_environment(here)), _opened(here) as workspace:
         account.settle = partial(_settle, workspace, account, here)
         with get_client(sync_client=True) as client:
             backoff.shorten(client)

@@ -10,7 +10,7 @@ from prefect import runtime
 from prefect.logging import get_run_logger
 from prefect.utilities.urls import url_for
 
-from .. import documents, settings
+from .. import documents, interruption, settings
 from ..blocks import Algorithm, Dataset, DatasetStore
 from ..documents import document_flow, patiently
 from ..errors import DatasetError
@@ -59,7 +59,7 @@ def algorithm_task(
         OasisError: any other, by `oasis_flows.errors`; nothing else leaves the flow but Prefect's own signals and timeout.
     """
     account = Account()
-    with ExitStack() as owned:
+    with interruption.kept_in_mind(), ExitStack() as owned:
         try:
             here = settings.current()
             workspace = owned.enter_context(owned_workspace(here, account))

@@ -11,7 +11,7 @@ from prefect import runtime
 from prefect.utilities.urls import url_for
 from pydantic import Field
 
-from .. import documents, settings
+from .. import documents, interruption, settings
 from ..artifacts import TransferBar, first_files, show_files, show_shards
 from ..batch_publishing import Published, publish_batch
 from ..batch_record import details, table
@@ -94,7 +94,7 @@ def batch(
         EngineError: the container engine failed; a retry goes on with what is left.
     """
     account, began = Account(), time.monotonic()
-    with ExitStack() as owned:
+    with interruption.kept_in_mind(), ExitStack() as owned:
         try:
             here = settings.current()
             options = Options(

@@ -14,7 +14,7 @@ from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 
-from .. import documents, lineage, settings, visit_record
+from .. import documents, interruption, lineage, settings, visit_record
 from ..asking import Train
 from ..blocks import Station
 from ..documents import document_flow, patiently
@@ -97,7 +97,7 @@ def train(
         EngineError: the container engine or a registry failed; what the train would have done is unknown.
     """
     account, results = Account(), dict[str, Sequence[Result]]()
-    with ExitStack() as owned:
+    with interruption.kept_in_mind(), ExitStack() as owned:
         visit, workspace, ended = cast(Visit, None), cast(Workspace, None), None
         try:
             here = settings.current()

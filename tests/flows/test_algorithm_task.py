@@ -1,6 +1,7 @@
 """The flow in this process, against a real Prefect server, with Python functions in the place of containers."""
 
 import base64
+import contextlib
 import json
 import re
 import signal
@@ -22,7 +23,7 @@ from prefect.states import Scheduled
 from prefect_docker.credentials import DockerRegistryCredentials
 from pydantic import BaseModel, model_serializer
 
-from oasis_flows import artifacts, documents, lease, tasks
+from oasis_flows import artifacts, documents, lease, lifecycle, tasks
 from oasis_flows.blocks import Algorithm, Dataset, DatasetStore, DockerImage
 from oasis_flows.errors import (
     AlgorithmFailed,
@@ -786,7 +787,20 @@ def test_a_retry_of_what_was_published_and_is_gone_does_everything_again(ran, no
     assert len(engine.jobs) == 1
 
 
-def test_a_signal_that_came_while_a_model_was_written_is_no_failure(ran, prefect_server, here):
+@contextlib.contextmanager
+def passed_on():
+    """Prefect passes a signal on to who had asked for it before: these."""
+    passed = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: passed.append(number))
+    try:
+        yield passed
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def terminated_as_a_model_is_written(*_):
+    """Pydantic makes an error of its own of the signal's exception."""
+
     class Written(BaseModel):
         @model_serializer
         def write(self):
@@ -799,23 +813,32 @@ def test_a_signal_that_came_while_a_model_was_written_is_no_failure(ran, prefect
         def write(self, handler):
             return handler(self)
 
-    class Interrupted(FakeEngine):
-        def prepare(self, image):  # noqa: ARG002
-            return Around().model_dump()
+    return Around().model_dump()
 
-    # Prefect passes the signal on to who had asked for it before.
-    tag, passed = uuid.uuid4().hex, []
-    before = signal.signal(signal.SIGTERM, lambda number, _: passed.append(number))
-    try:
-        with tags(tag), pytest.raises(TerminationSignal):
-            ran(Interrupted())
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+def test_a_signal_that_came_while_a_model_was_written_is_no_failure(ran, prefect_server, here):
+    class Interrupted(FakeEngine):
+        prepare = terminated_as_a_model_is_written
+
+    tag = uuid.uuid4().hex
+    with passed_on() as passed, tags(tag), pytest.raises(TerminationSignal):
+        ran(Interrupted())
 
     assert passed == [signal.SIGTERM]
     (run,) = prefect_server.api("/flow_runs/filter", {"flow_runs": {"tags": {"all_": [tag]}}})
     assert run["state_type"] == "CRASHED", run["state"]
     assert not (here / "workspaces" / run["id"]).exists()
+
+
+def test_a_signal_that_came_as_a_run_of_a_worker_began_is_no_failure(ran, notes, monkeypatch):
+    """There nobody calls the flow: Prefect's engine runs it."""
+    first = ran(FakeEngine(ends(1)))
+    monkeypatch.setattr(lifecycle, "_prefect_environment", terminated_as_a_model_is_written)
+    with passed_on() as passed, pytest.raises(TerminationSignal):
+        again(first, FakeEngine(count), algorithm=Algorithm(docker_image=IMAGE), input_dataset=notes)
+
+    assert passed == [signal.SIGTERM]
+    assert first.run["state_type"] == "CRASHED", first.run["state"]
 
 
 def test_what_nobody_foresaw_is_told_like_any_other_failure(ran, notes):
