@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from http.client import NOT_FOUND
 from itertools import chain
 from socket import gethostname
@@ -35,12 +34,13 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType, Worker, WorkerStatus
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling, Crashed
 
 from . import caches, documents, lease, store, workspace
 from .artifacts import tell_failure
 from .blocks import DatasetStore
-from .errors import EngineUnavailable, ProcessGone
+from .errors import EngineUnavailable, OasisError, ProcessGone
 from .fetched import fetched
 from .machine import image_engine, open_engine
 from .plan import options_of
@@ -129,7 +129,7 @@ def sweep(settings: Settings, *, now: bool = False) -> Reaped:
             ended = _tell_ends(settings, min(window, SILENCE_SECONDS))
     swept = Reaped(
         containers=containers,
-        workspaces=workspace.reap(settings.workspaces, settings.keep_seconds, partial(_drop_fetched, settings)),
+        workspaces=workspace.reap(settings.workspaces, settings.keep_seconds, _leaving(settings)),
         caches=caches.reap(settings.caches, settings.keep_caches_seconds),
     )
     return swept.plus(ended)
@@ -362,9 +362,36 @@ def remove_rest(run: FlowRun, settings: Settings, *, folder: bool = True) -> Rea
         with _noted("The container of run %s may be left behind", run.id):
             removed = removed.plus(Reaped(containers=open_engine(settings).reap(str(run.id))))
     with _noted("The workspace of run %s may be left behind", run.id):
-        if folder and place.remove_abandoned(0, partial(_drop_fetched, settings)):
+        if folder and place.remove_abandoned(0, _leaving(settings)):
             removed = removed.plus(Reaped(workspaces=(str(run.id),)))
     return removed
+
+
+def _leaving(settings: Settings) -> Callable[[Workspace], bool]:
+    """What is done before the workspace of a dead run goes; False where something that was away is to be asked again."""
+    is_away = False
+
+    def leave(place: Workspace) -> bool:
+        nonlocal is_away
+        _drop_fetched(settings, place)
+        if not _is_run_id(place.run_id):
+            return True
+        # One that is away is not asked again for each of the others.
+        if is_away:
+            return False
+        is_away = True
+        with (
+            _noted("What run %s may have left in its store cannot be removed", place.run_id),
+            get_client(sync_client=True) as client,
+        ):
+            try:
+                # The store may have been away when the run died, and some of its requests arrive when it is back.
+                is_away = not abandon_uploads(client.read_flow_run(UUID(place.run_id)))
+            except ObjectNotFound:
+                is_away = False
+        return not is_away
+
+    return leave
 
 
 def _drop_fetched(settings: Settings, place: Workspace) -> None:
@@ -389,13 +416,23 @@ def cancel_shards(run: FlowRun) -> None:
             known |= found
 
 
-def abandon_uploads(run: FlowRun) -> None:
-    """Abort what a dead run was sending to its store, so far as that has a document to open it with. It raises nothing."""
+def abandon_uploads(run: FlowRun) -> bool:
+    """Abort what a dead run was sending to its store, so far as that has a document to open it with. It raises nothing.
+
+    Returns:
+        False where the store, or the Prefect server, does not answer: another time it may.
+    """
     url, name = run.labels.get(LABEL_OUTPUT), run.labels.get(LABEL_STORE)
+    answered = True
     if url:
         # Of all that can be left it hurts least, and a retry aborts it, too.
         with _noted("Uploads to %s may be left behind", url):
-            store.abandon(Location(str(url), options_of(documents.find(DatasetStore, str(name)) if name else None)))
+            try:
+                store.abandon(Location(str(url), options_of(documents.find(DatasetStore, str(name)) if name else None)))
+            except OasisError as error:
+                answered = not error.transient
+                raise
+    return answered
 
 
 def _is_run_id(name: str) -> bool:

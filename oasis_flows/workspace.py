@@ -175,16 +175,21 @@ class Workspace:
             self.path.rmdir()
         return True
 
-    def remove_abandoned(self, keep_seconds: float, leaving: Callable[[Workspace], None] = lambda _: None) -> bool:
+    def remove_abandoned(self, keep_seconds: float, leaving: Callable[[Workspace], bool] = lambda _: True) -> bool:
         """Delete the folder if its owner is dead and was last seen at least `keep_seconds` ago; was it, and is it gone?
 
-        Nobody can become its owner meanwhile. One without a lease is as old as its last change. `leaving` is called before it goes.
+        Nobody can become its owner meanwhile. One without a lease is as old as its last change. `leaving` is called before it goes; where it
+        returns False the folder is emptied, and stays for another time.
         """
         orphaned = lease.missing(self.lease) and _age(self.path) >= keep_seconds
         with lease.taken(self.lease, 0 if orphaned else keep_seconds, create=orphaned) as free:
-            if free:
-                leaving(self)
-            return free and self.remove()
+            if not free:
+                return False
+            if leaving(self):
+                return self.remove()
+            with suppress(FileNotFoundError):
+                self.clear()
+            return False
 
 
 @contextmanager
@@ -203,10 +208,10 @@ def open_workspace(root: Path, run_id: str, attempt: int = 1) -> Iterator[Worksp
         yield workspace
 
 
-def reap(root: Path, keep_seconds: float, leaving: Callable[[Workspace], None] = lambda _: None) -> tuple[str, ...]:
+def reap(root: Path, keep_seconds: float, leaving: Callable[[Workspace], bool] = lambda _: True) -> tuple[str, ...]:
     """Delete the folders of runs whose owner is dead and was last seen at least `keep_seconds` ago; return their ids.
 
-    `leaving` is called with each before it goes. Safe beside any number of processes that open workspaces or reap; only a folder that is really gone is returned.
+    `leaving` is called with each before it goes, and may keep it; see `Workspace.remove_abandoned`. Safe beside any number of processes that open workspaces or reap; only a folder that is really gone is returned.
     """
     folders = [path for path in sorted(root.glob("*")) if path.is_dir() and not path.is_symlink()]
     return tuple(path.name for path in folders if Workspace(path).remove_abandoned(keep_seconds, leaving))

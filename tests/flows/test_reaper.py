@@ -9,7 +9,8 @@ from prefect.client.orchestration import get_client
 
 from oasis_flows import reaper, settings, workspace
 from oasis_flows.__main__ import main
-from oasis_flows.reaper import LABEL_HOST, LABEL_POOL, LABEL_WORKER, reap, sweep
+from oasis_flows.errors import StoreUnavailable
+from oasis_flows.reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_POOL, LABEL_WORKER, reap, sweep
 from tests.servers.prefect import PrefectServer
 
 pytestmark = pytest.mark.usefixtures("here", "docker_api")
@@ -150,3 +151,29 @@ def test_of_a_process_that_ended_it_is_told_whether_the_run_had_begun(prefect_se
 
     assert says in verdict.sentence
     assert verdict.code == "process_gone"
+
+
+def test_a_dead_runs_store_that_was_away_is_asked_again_before_its_folder_goes(prefect_server, monkeypatch):
+    here = dataclasses.replace(settings.current(), keep_seconds=0)
+    ids = [_begun(prefect_server, {}, {LABEL_OUTPUT: f"s3://somewhere/{number}"}) for number in range(2)]
+    for run_id in ids:
+        prefect_server.api(f"/flow_runs/{run_id}/set_state", {"state": {"type": "CRASHED"}})
+        with workspace.open_workspace(here.workspaces, run_id) as place:
+            place.input.mkdir()
+    asked, away = [], [True]
+
+    def abandon(location):
+        asked.append(location.url)
+        if away[0]:
+            raise StoreUnavailable("The store does not answer.")
+
+    monkeypatch.setattr(reaper.store, "abandon", abandon)
+    assert not set(ids) & set(sweep(here).workspaces)
+    assert [[path.name for path in (here.workspaces / run_id).iterdir()] for run_id in ids] == [["lease"]] * 2
+    assert len(asked) == 1
+
+    away.clear()
+    away.append(False)
+    assert set(ids) <= set(sweep(here).workspaces)
+    assert set(asked[1:]) == {"s3://somewhere/0", "s3://somewhere/1"}
+    assert not any((here.workspaces / run_id).exists() for run_id in ids)
