@@ -320,7 +320,7 @@ class AlgorithmFailed(OasisError):
     exit_code = 1
     stage = "run_container"
 
-    def __init__(self, message: str, exit: ContainerExit, verdict: Verdict, log: str) -> None:
+    def __init__(self, message: str, exit: ContainerExit, verdict: Verdict, log: str = "") -> None:
         super().__init__(message)
         self.exit = exit
         self.verdict = verdict

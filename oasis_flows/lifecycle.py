@@ -172,6 +172,9 @@ def _sweep(here: Settings) -> None:
 def clean_up(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:  # noqa: ARG001
     """Remove what a cancelled or crashed run may have left on this machine. Prefect calls it with exactly these names."""
     here = settings.current()
+    with suppress(Exception), get_client(sync_client=True) as client:
+        # A worker hands over the run as it was before its process began: without its labels and attempts.
+        flow_run = client.read_flow_run(flow_run.id)
     if state.is_cancelled():
         cancel_shards(flow_run)
     abandon_uploads(flow_run)

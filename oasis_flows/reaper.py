@@ -18,6 +18,7 @@ from http.client import NOT_FOUND
 from itertools import chain
 from socket import gethostname
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from httpx import HTTPStatusError
@@ -368,28 +369,33 @@ def remove_rest(run: FlowRun, settings: Settings, *, folder: bool = True) -> Rea
 
 
 def _leaving(settings: Settings) -> Callable[[Workspace], bool]:
-    """What is done before the workspace of a dead run goes; False where something that was away is to be asked again."""
-    is_away = False
+    """What is done before the workspace of a dead run goes; False where something that is away is to be asked again."""
+    away = set[object]()
 
     def leave(place: Workspace) -> bool:
-        nonlocal is_away
         _drop_fetched(settings, place)
         if not _is_run_id(place.run_id):
             return True
-        # One that is away is not asked again for each of the others.
-        if is_away:
+        run: FlowRun | None = None
+        if None not in away:
+            with _noted("Where run %s was sending to is not known", place.run_id), get_client(sync_client=True) as client:
+                try:
+                    run = client.read_flow_run(UUID(place.run_id))
+                except ObjectNotFound:
+                    return True
+        if run is None:
+            # The server: it is not asked for each of the others.
+            away.add(None)
             return False
-        is_away = True
-        with (
-            _noted("What run %s may have left in its store cannot be removed", place.run_id),
-            get_client(sync_client=True) as client,
-        ):
-            try:
-                # The store may have been away when the run died, and some of its requests arrive when it is back.
-                is_away = not abandon_uploads(client.read_flow_run(UUID(place.run_id)))
-            except ObjectNotFound:
-                is_away = False
-        return not is_away
+        if run.state is None or not run.state.is_final():
+            # An attempt elsewhere is sending.
+            return True
+        which = (run.labels.get(LABEL_STORE), urlsplit(str(run.labels.get(LABEL_OUTPUT) or "")).netloc)
+        # The store may have been away when the run died, and some of its requests arrive when it is back.
+        if which in away or not abandon_uploads(run):
+            away.add(which)
+            return False
+        return True
 
     return leave
 
@@ -423,12 +429,13 @@ def abandon_uploads(run: FlowRun) -> bool:
         False where the store, or the Prefect server, does not answer: another time it may.
     """
     url, name = run.labels.get(LABEL_OUTPUT), run.labels.get(LABEL_STORE)
-    answered = True
+    answered = not url
     if url:
         # Of all that can be left it hurts least, and a retry aborts it, too.
         with _noted("Uploads to %s may be left behind", url):
             try:
                 store.abandon(Location(str(url), options_of(documents.find(DatasetStore, str(name)) if name else None)))
+                answered = True
             except OasisError as error:
                 answered = not error.transient
                 raise

@@ -48,12 +48,8 @@ def task_json(
         "verdict": verdict.to_json(),
         "flow_run": {**flow_run, "attempt": plan.attempt},
         "shard": asdict(plan.part.shard) if plan.part else None,
-        "algorithm": {"name": plan.algorithm_name, "document": document(plan)},
         "image": image,
-        "argv": {"entrypoint": plan.entrypoint, "command": plan.command},
-        "parameters": dict(plan.parameters),
-        "environment": sorted(plan.environment),
-        "secret_environment": dict(plan.algorithm.secret_environment),
+        **_described(plan),
         "prerequisites": _prerequisites(plan, notes),
         "input": {"name": plan.dataset_name, "url": plan.dataset.url, **_summary(staged)},
         "output": {"name": plan.document_name, "url": plan.output.url, **_summary(published)},
@@ -67,6 +63,17 @@ def task_json(
             "forks_refused": exit.forks_refused,
             "samples": [astuple(sample) for sample in exit.usage],
         },
+    }
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    """What of the record follows from documents and parameters alone."""
+    return {
+        "algorithm": {"name": plan.algorithm_name, "document": document(plan)},
+        "argv": {"entrypoint": plan.entrypoint, "command": plan.command},
+        "parameters": dict(plan.parameters),
+        "environment": sorted(plan.environment),
+        "secret_environment": dict(plan.algorithm.secret_environment),
     }
 
 
@@ -91,10 +98,18 @@ class Recalled:
     seconds: Mapping[str, float]
 
 
-def recalled(record: Mapping[str, Any]) -> Recalled | None:
-    """What `task_json` was given; `None` where the run did not succeed, or another version of this package wrote it differently."""
+def recalled(record: Mapping[str, Any], plan: Plan) -> Recalled | None:
+    """What `task_json` was given for this run.
+
+    `None` where it did not succeed, where its documents say something else by now, or another version of this package wrote it.
+    """
     try:
-        if record["verdict"]["code"] != Reason.OK:
+        if record["verdict"]["code"] != Reason.OK or record["oasis_flows"] != RECORD_VERSION:
+            return None
+        if record["flow_run"]["id"] != plan.run_id or record["input"]["url"] != plan.dataset.url:
+            return None
+        wanted = json.loads(json.dumps(_described(plan)))
+        if {name: record[name] for name in wanted} != wanted:
             return None
         first, usage = record["first_try"], record["usage"]
         seen = {
@@ -110,7 +125,7 @@ def recalled(record: Mapping[str, Any]) -> Recalled | None:
             first_try=ContainerExit.from_json({**first, "usage": (), "last_words": ()}) if first else None,
             notes=Notes.from_json({"ran": record["prerequisites"]["callbacks"], "algorithm": None, "refused": None}),
             published=_counts(record["output"]),
-            seconds=record["seconds"],
+            seconds=dict(record["seconds"]),
         )
     except (KeyError, TypeError, ValueError):
         return None

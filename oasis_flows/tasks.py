@@ -1,4 +1,4 @@
-"""The four steps of a run, each a Prefect task that finishes once.
+"""The four steps of a run, each a Prefect task that finishes once, and before them a look at what earlier attempts finished.
 
 A step that is done says so by its marker in the workspace, written last; called again, it returns what it found. Steps
 are called directly by the flow, never submitted: only in the main thread does Prefect's cancellation reach the container
@@ -8,10 +8,11 @@ and no error here.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,13 +30,13 @@ from .artifacts import TransferBar, show_waiting
 from .blocks import Dataset
 from .callbacks import Notes
 from .engines import Engine
-from .errors import DatasetNotFound, OasisError, ServerUnavailable, UnsafeName
+from .errors import DatasetError, DatasetNotFound, OasisError, ServerUnavailable, UnsafeName
 from .job import ContainerExit, ContainerJob, Mount, Reason, counted, human_bytes, parse_bytes
 from .machine import open_engine, telling
 from .manifest import Summary
 from .plan import Plan, container_job, preparing_job
 from .prerequisites import Step
-from .record import recalled, task_json, written
+from .record import Recalled, recalled, task_json, written
 from .settings import Settings
 from .verdict import PUBLISH, Case, Verdict, judge
 from .workspace import Workspace, room_for
@@ -79,21 +80,26 @@ def recall(plan: Plan, workspace: Workspace) -> None:
 
     Then there is a dataset, and perhaps its document, and somebody may use it by now: nothing may be written over it, which might fail.
     """
-    if workspace.done(MARKER_RUN):
+    steps = (MARKER_STAGED, MARKER_IMAGE, MARKER_RUN, MARKER_PUBLISHED)
+    noted = [step for step in steps if workspace.done(step)]
+    if len(noted) == len(steps):
         return
     try:
-        found = store.published(plan.output)
-    except DatasetNotFound:
+        known = _recalled(plan, workspace)
+    except DatasetError as error:
+        if not error.transient or MARKER_STAGED not in noted:
+            raise
+        get_run_logger().warning(
+            "Whether an earlier attempt of this run has published is asked again before it does. %s", error
+        )
         return
-    known = recalled(found.record) if found else None
     if known is None:
+        if MARKER_PUBLISHED in noted:
+            # Only half of what was recalled is noted, by an attempt that died; and what it was about is no more.
+            workspace.forget_steps()
         return
-    for name, path in ((store.LOG, workspace.log), (store.MANIFEST, workspace.published_manifest)):
-        with room_for(path), path.open("wb") as file:
-            file.writelines(store.read_file(plan.output, name))
     if known.first_try:
         workspace.mark_done(MARKER_FIRST_TRY, known.first_try.to_json())
-    # In this order: who dies in between is published all the same, or recalls it again, and nobody believes in an input that is not there.
     notes: dict[str, dict[str, Any]] = {
         MARKER_PUBLISHED: {"summary": asdict(known.published)},
         MARKER_IMAGE: {"image": known.image},
@@ -103,6 +109,28 @@ def recall(plan: Plan, workspace: Workspace) -> None:
     for name, note in notes.items():
         workspace.mark_done(name, {**note, "seconds": known.seconds.get(name, 0.0)})
     get_run_logger().info("An earlier attempt of this run has published its output.")
+
+
+def _recalled(plan: Plan, workspace: Workspace) -> Recalled | None:
+    """What an earlier attempt of this run published, with its log and its manifest; `None` if none has, or not as it is described now."""
+    try:
+        found = store.published(plan.output)
+    except DatasetNotFound:
+        return None
+    known = recalled(found.record, plan) if found else None
+    if known is None:
+        return None
+    digest = hashlib.sha256()
+    with room_for(workspace.published_manifest), workspace.published_manifest.open("wb") as file:
+        for chunk in store.read_file(plan.output, store.MANIFEST):
+            digest.update(chunk)
+            file.write(chunk)
+    if digest.hexdigest() != known.published.digest:
+        # It is of another attempt than the record, and nobody can read the dataset.
+        return None
+    with room_for(workspace.log), workspace.log.open("wb") as file, suppress(DatasetNotFound):
+        file.writelines(store.read_file(plan.output, store.LOG))
+    return known
 
 
 @task(**TRANSFER)
@@ -295,10 +323,13 @@ def publish_output(
     Raises:
         UnsafeName: the output cannot be a dataset; it was kept like that of a failed run.
     """
+    started = time.monotonic()
     if done := workspace.done(MARKER_PUBLISHED):
         summary = Summary(**done["summary"])
+    elif plan.attempt > 1 and plan.part is None and (known := _recalled(plan, workspace)):
+        summary = known.published
+        _finish(workspace, MARKER_PUBLISHED, started, summary=asdict(summary))
     else:
-        started = time.monotonic()
         if not exit.reason.keeps_output:
             workspace.fresh_output()
 

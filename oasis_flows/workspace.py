@@ -116,6 +116,10 @@ class Workspace:
                 os.fsync(file.fileno())
             temporary.replace(target)
 
+    def forget_steps(self) -> None:
+        """From now on no step is finished."""
+        delete(self.path / "done")
+
     def fresh_output(self) -> Path:
         """An empty output folder that any user of a container can write to.
 
@@ -150,7 +154,7 @@ class Workspace:
         Raises:
             FileNotFoundError: there is no such folder.
         """
-        delete(self.path / "done")
+        self.forget_steps()
         for child in self.path.iterdir():
             if child != self.lease:
                 delete(child)
@@ -179,7 +183,7 @@ class Workspace:
         """Delete the folder if its owner is dead and was last seen at least `keep_seconds` ago; was it, and is it gone?
 
         Nobody can become its owner meanwhile. One without a lease is as old as its last change. `leaving` is called before it goes; where it
-        returns False the folder is emptied, and stays for another time.
+        returns False the folder is emptied, and stays until it is as old again.
         """
         orphaned = lease.missing(self.lease) and _age(self.path) >= keep_seconds
         with lease.taken(self.lease, 0 if orphaned else keep_seconds, create=orphaned) as free:
@@ -187,8 +191,9 @@ class Workspace:
                 return False
             if leaving(self):
                 return self.remove()
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 self.clear()
+                lease.renew(self.lease)
             return False
 
 

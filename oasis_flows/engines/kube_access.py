@@ -65,7 +65,7 @@ def in_cluster() -> Access:
     namespace = SERVICE_ACCOUNT / "namespace"
     return Access(
         server=f"https://{f'[{host}]' if ':' in host else host}:{port}",
-        tls=_trusting((SERVICE_ACCOUNT / "ca.crt").read_text()),
+        tls=_trusting(cafile=str(SERVICE_ACCOUNT / "ca.crt")),
         headers=headers,
         namespace=namespace.read_text().strip() if namespace.exists() else "default",
     )
@@ -209,13 +209,13 @@ def _content(row: Mapping[str, Any], key: str) -> bytes | None:
     return Path(row[key]).read_bytes() if row.get(key) else None
 
 
-def _trusting(authority: str | None) -> ssl.SSLContext:
-    """What trusts these certificates, or those that the machine trusts.
+def _trusting(**authority: str | None) -> ssl.SSLContext:
+    """What trusts these certificates, or those that the machine trusts; see `ssl.create_default_context`.
 
     Python 3.13 and later refuse, as RFC 5280 says, an authority without extensions that those of older clusters lack (Amazon's from before
     Kubernetes 1.17). kubectl takes them, and checks chain, name and time as this does.
     """
-    context = ssl.create_default_context(cadata=authority)
+    context = ssl.create_default_context(**authority)  # type: ignore[arg-type]
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
 
@@ -223,14 +223,14 @@ def _trusting(authority: str | None) -> ssl.SSLContext:
 def _tls(cluster: Mapping[str, Any], login: _Login) -> ssl.SSLContext:
     try:
         authority = _content(cluster, "certificate-authority")
-        context = _trusting(authority.decode() if authority else None)
+        context = _trusting(cadata=authority.decode() if authority else None)
         if cluster.get("insecure-skip-tls-verify"):
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         if pair := login.certificate():
             with _file(b"\n".join(pair)) as path:
                 context.load_cert_chain(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DescriptionError(
             f"The certificates of the kubeconfig cannot be used. Correct it. The cause: {type(error).__name__}: {error}"
         ) from error

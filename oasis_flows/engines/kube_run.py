@@ -40,6 +40,7 @@ Json = Mapping[str, Any]
 Tell = Callable[[str], None]
 
 _SECONDS_TO_DIE = 60.0
+_SECONDS_TO_CATCH_UP = 10.0
 # How long a start may take before anybody asks why, and how often then.
 _PATIENT_START, _ASK_AGAIN = 2.0, 1.0
 _SECONDS_FOR_SECRETS = 10.0
@@ -301,10 +302,16 @@ class Supervision:
             self._cluster.tell(
                 f"The pod {name} is being deleted, by somebody else or by the cluster; its container has {grace} s to end."
             )
+        elif self._cluster.watch.away_since is not None:
+            self._gone_by = max(self._gone_by, now + _SECONDS_TO_CATCH_UP)
         elif now > self._gone_by:
+            why = (
+                f"The node {sight.pod['spec'].get('nodeName')} does not answer"
+                if verdict.is_unheard(sight.pod)
+                else f"The pod {name} does not die, perhaps because a process in it hangs in the kernel"
+            )
             raise ContainerLost(
-                f"The node {sight.pod['spec'].get('nodeName')} does not answer: the pod {name} is to be gone for {_SECONDS_TO_DIE:.0f} s, and "
-                "nobody has seen its end. Run it again; what runs there ends when the node is back."
+                f"{why}: it is to be gone for {_SECONDS_TO_DIE:.0f} s beyond its grace, and nobody has seen its end. Run it again."
             )
 
     def _note_silence(self, sight: Sight) -> None:

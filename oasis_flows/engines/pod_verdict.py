@@ -111,10 +111,18 @@ def has_started(pod: Json) -> bool:
 
 
 def is_unheard(pod: Json) -> bool:
-    """Does its node say nothing any more? Then the cluster takes back that the pod is ready, and leaves what the node said last."""
-    status = pod["status"]
-    ready = any(each["name"] == spec.CONTAINER and each.get("ready") for each in status.get("containerStatuses") or ())
-    return ready and any(each["type"] == "Ready" and each["status"] != "True" for each in status.get("conditions") or ())
+    """Does its node say nothing any more? Then the cluster takes back that the pod is ready, and leaves what the node said last.
+
+    What is not ready by itself, such as a sidecar, says so in a reason and in another condition.
+    """
+    told = {each["type"]: each for each in pod["status"].get("conditions") or ()}
+    ready, containers = told.get("Ready"), told.get("ContainersReady")
+    return (
+        ready is not None
+        and containers is not None
+        and (ready["status"], containers["status"]) == ("False", "True")
+        and not ready.get("reason")
+    )
 
 
 def is_orphaned(pod: Json) -> bool:

@@ -123,10 +123,16 @@ def _state(truth: Truth, claims: Claims) -> Iterator[str]:
     elif place.manifest is not None and not (truth.hit & ENDS_A_PROCESS and (claims.state != "FAILED" or claims.attempts > 1)):
         yield f"it is {claims.state} ({claims.message}) and left a dataset"
     # A call to which Prefect's client raised what the server's connection did, before any of our code; an automation ends its run.
-    refused = bool(claims.told) and "never began" in claims.message
+    refused = (
+        bool(claims.told) and any(fault.endswith("the server") for fault in truth.against) and "never began" in claims.message
+    )
     # So does the process that a worker starts: only who was connected once asks again where no connection can be made.
-    refused |= not truth.called and not claims.attempts and claims.message.startswith("Process exited with status code: 1.")
-    refused &= any(fault.endswith("the server") for fault in truth.against)
+    refused |= (
+        not truth.called
+        and not claims.attempts
+        and any(fault.endswith("the server") for fault in truth.hit)
+        and claims.message.startswith("Process exited with status code: 1.")
+    )
     if claims.state == "CRASHED" and not truth.hit & ENDS_A_PROCESS and not refused:
         yield f"it is Crashed and nobody ended its process: {claims.message}"
     # Where the answer to the word Failed was lost, Prefect asks what the state is, and raises an exception of its own with it.

@@ -159,7 +159,8 @@ def play(world: World, plan: Round) -> Played:
     until = time.monotonic() + END_SECONDS
     for player in players.values():
         # A worker that cannot reach the server as it starts gives up.
-        world.worker.keep()
+        if world.worker.keep():
+            print(f"round {plan.number}: the worker had ended by itself, and was started again", flush=True)
         player.wait(until)
     _await_the_automations(world, [player.token for player in players.values()])
     return Played(plan, tuple(players.values()), strikes, frozenset(hit))

@@ -36,10 +36,12 @@ class Service:
             assert time.monotonic() < until, f"{self._command} does not get ready"
             time.sleep(0.1)
 
-    def keep(self) -> None:
-        """Start it again if it has ended by itself, as a service manager does."""
-        if self._process is not None and self._process.poll() is not None:
+    def keep(self) -> bool:
+        """Start it again if it has ended by itself, as a service manager does; did it?"""
+        ended = self._process is not None and self._process.poll() is not None
+        if ended:
             self.start()
+        return ended
 
     def end(self, number: int = signal.SIGKILL) -> None:
         """Kill it with all of its session, or tell it alone to end and wait for that."""

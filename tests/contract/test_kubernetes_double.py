@@ -325,19 +325,37 @@ class TestBrokenWays:
         assert heard[0] < 2
         assert sum("being deleted" in line for line in told) == 1
 
-    def test_a_pod_of_whose_end_nobody_hears_is_given_up(self, engine, double, job, told, monkeypatch):
+    @pytest.mark.parametrize("lost_node", [True, False])
+    def test_a_pod_of_whose_end_nobody_hears_is_given_up(self, engine, double, job, told, monkeypatch, lost_node):
         """As of a node that is lost: the cluster deletes its pods, and no kubelet says that they are gone."""
+        silent = running()
+        next(each for each in silent["conditions"] if each["type"] == "Ready")["status"] = "False"
         monkeypatch.setattr(kube_run, "_SECONDS_TO_DIE", 2.0)
         monkeypatch.setattr(kubernetes, "_SECONDS_TO_GO", 1.0)
-        double.script, double.seconds_to_die = Script(states=((0.0, running()),)), 3600.0
+        double.script, double.seconds_to_die = (
+            Script(states=((0.0, running()), (0.2, silent if lost_node else running()))),
+            3600.0,
+        )
         threading.Timer(0.7, lambda: double.delete_pod(next(iter(double.pods)))).start()
 
-        with pytest.raises(ContainerLost, match="The node k8s-node does not answer") as lost:
+        words = "The node k8s-node does not answer" if lost_node else "The pod .* does not die"
+        with pytest.raises(ContainerLost, match=words) as lost:
             engine.run(job(), Log())
 
         assert lost.value.transient
         assert any("being deleted" in line for line in told)
         assert not double.jobs
+
+    def test_what_is_not_ready_by_itself_is_no_silence_of_its_node(self, engine, double, job, told):
+        """Such as a sidecar that a mesh puts in; or a condition that somebody has pods wait for."""
+        states = [running(), running()]
+        for state, reason, types in zip(states, ("ContainersNotReady", "ReadinessGatesNotReady"), (2, 1), strict=True):
+            for kind in ("Ready", "ContainersReady")[:types]:
+                next(each for each in state["conditions"] if each["type"] == kind).update(status="False", reason=reason)
+        double.script = Script(states=((0.0, states[0]), (0.3, states[1]), (0.3, ended())))
+
+        assert engine.run(job(), Log()).reason is Reason.OK
+        assert not any("answers" in line for line in told)
 
     def test_a_node_that_says_nothing_for_a_while_is_told_of_and_waited_for(self, engine, double, job, told):
         silent = running()

@@ -777,14 +777,83 @@ def test_a_retry_of_what_was_published_repeats_nothing_and_endangers_nothing(ran
     assert not second.workspace.exists()
 
 
-def test_a_retry_of_what_was_published_and_is_gone_does_everything_again(ran, notes):
-    first = ran(FakeEngine(count))
-    (Path(first.result.url) / "manifest.jsonl").unlink()
+@pytest.mark.parametrize("noted", [("stage_input", "prepare_image", "run_container"), ("publish_output",), ()])
+def test_a_retry_finds_what_was_published_whatever_an_attempt_has_noted_here(ran, notes, noted):
+    """As after a death between the manifest and the note of it; or in the middle of a retry that recalled it."""
+    algorithm = Algorithm(docker_image=IMAGE)
+    first = ran(FakeEngine(count), algorithm)
+
+    def written():
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path(first.result.url).rglob("*")}
+
+    before = written()
+    done = first.workspace / "done"
+    done.mkdir(parents=True)
+    record = json.loads((Path(first.result.url) / "task.json").read_text())
+    notes_of = {
+        "stage_input": {"folder": notes.url, "summary": {"file_count": 9, "size_bytes": 9, "digest": None}},
+        "seconds": 0,
+    }
+    for step in noted:
+        (done / f"{step}.json").write_text(
+            json.dumps({"image": record["image"], "seconds": 0, **notes_of.get(step, {"summary": {}})})
+        )
     engine = FakeEngine(count)
-    second = again(first, engine, algorithm=Algorithm(docker_image=IMAGE), input_dataset=notes)
+    second = again(first, engine, algorithm=algorithm, input_dataset=notes)
+
+    assert second.run["state_type"] == "COMPLETED", second.run["state"]
+    assert engine.jobs == []
+    assert second.result.manifest_digest == first.result.manifest_digest
+    assert written() == before
+
+
+def another_manifest(place):
+    lines = (place / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (place / "manifest.jsonl").write_text("".join(lines[1:]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changes"),
+    [
+        (lambda place: (place / "manifest.jsonl").unlink(), {}),
+        (another_manifest, {}),
+        (lambda place: None, {"cpus": 0.5}),
+        (lambda place: None, {"command": "another"}),
+    ],
+    ids=["no manifest", "another manifest", "another limit", "another command"],
+)
+def test_a_retry_of_what_is_not_what_was_published_does_everything_again(ran, notes, spoil, changes):
+    first = ran(FakeEngine(count))
+    spoil(Path(first.result.url))
+    done = first.workspace / "done"
+    done.mkdir(parents=True)
+    # Half of what a retry noted that found it, and died.
+    (done / "publish_output.json").write_text(
+        json.dumps({"summary": {"file_count": 9, "size_bytes": 9, "digest": None}, "seconds": 0})
+    )
+    engine = FakeEngine(count)
+    second = again(first, engine, algorithm=Algorithm(docker_image=IMAGE, **changes), input_dataset=notes)
 
     assert second.run["state_type"] == "COMPLETED"
     assert len(engine.jobs) == 1
+    assert second.result.file_count == 3
+    assert len((Path(second.result.url) / "manifest.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_store_that_is_away_as_a_retry_begins_keeps_it_from_nothing_that_goes_on(ran, flaky, notes):
+    """Hours of a container that still runs may depend on it."""
+    first = ran(FakeEngine(fails_times(9, EngineUnavailable("The engine is away. Start it."))), store=flaky)
+    assert first.run["state_type"] == "FAILED"
+    FlakyStore.down = True
+
+    def count_and_find_the_store(job, log):
+        FlakyStore.down = False
+        return count(job, log)
+
+    second = again(
+        first, FakeEngine(count_and_find_the_store), algorithm=Algorithm(docker_image=IMAGE), input_dataset=notes, store=flaky
+    )
+    assert second.run["state_type"] == "COMPLETED", second.run["state"]
 
 
 @contextlib.contextmanager

@@ -6,10 +6,12 @@ import uuid
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.states import Crashed, Running
 
-from oasis_flows import reaper, settings, workspace
+from oasis_flows import lifecycle, reaper, settings, workspace
 from oasis_flows.__main__ import main
 from oasis_flows.errors import StoreUnavailable
+from oasis_flows.flows.algorithm_task import algorithm_task
 from oasis_flows.reaper import LABEL_HOST, LABEL_OUTPUT, LABEL_POOL, LABEL_WORKER, reap, sweep
 from tests.servers.prefect import PrefectServer
 
@@ -153,27 +155,67 @@ def test_of_a_process_that_ended_it_is_told_whether_the_run_had_begun(prefect_se
     assert verdict.code == "process_gone"
 
 
-def test_a_dead_runs_store_that_was_away_is_asked_again_before_its_folder_goes(prefect_server, monkeypatch):
-    here = dataclasses.replace(settings.current(), keep_seconds=0)
-    ids = [_begun(prefect_server, {}, {LABEL_OUTPUT: f"s3://somewhere/{number}"}) for number in range(2)]
-    for run_id in ids:
-        prefect_server.api(f"/flow_runs/{run_id}/set_state", {"state": {"type": "CRASHED"}})
-        with workspace.open_workspace(here.workspaces, run_id) as place:
-            place.input.mkdir()
-    asked, away = [], [True]
+@pytest.fixture
+def asked(monkeypatch):
+    """The places that stores were asked about; a store whose URL holds the word away does not answer."""
+    told = []
 
     def abandon(location):
-        asked.append(location.url)
-        if away[0]:
+        told.append(location.url)
+        if "away" in location.url:
             raise StoreUnavailable("The store does not answer.")
 
     monkeypatch.setattr(reaper.store, "abandon", abandon)
-    assert not set(ids) & set(sweep(here).workspaces)
-    assert [[path.name for path in (here.workspaces / run_id).iterdir()] for run_id in ids] == [["lease"]] * 2
-    assert len(asked) == 1
+    return told
 
-    away.clear()
-    away.append(False)
-    assert set(ids) <= set(sweep(here).workspaces)
-    assert set(asked[1:]) == {"s3://somewhere/0", "s3://somewhere/1"}
-    assert not any((here.workspaces / run_id).exists() for run_id in ids)
+
+def _left(server, place, state="CRASHED"):
+    """The id of a run of whose process only the workspace is left."""
+    run_id = _begun(server, {}, {LABEL_OUTPUT: place})
+    if state != "RUNNING":
+        server.api(f"/flow_runs/{run_id}/set_state", {"state": {"type": state}})
+    with workspace.open_workspace(settings.current().workspaces, run_id) as left:
+        left.input.mkdir()
+    return run_id
+
+
+def test_a_dead_runs_store_that_is_away_is_asked_again_before_its_folder_goes(prefect_server, asked):
+    here = dataclasses.replace(settings.current(), keep_seconds=0)
+    places = ["s3://away/1", "s3://away/2", "s3://there/3", "s3://there/4"]
+    ids = [_left(prefect_server, place) for place in places]
+
+    assert set(ids) & set(sweep(here).workspaces) == set(ids[2:])
+    assert [[path.name for path in (here.workspaces / run_id).iterdir()] for run_id in ids[:2]] == [["lease"]] * 2
+    # One that is away is asked once, and keeps no other from being asked.
+    assert sum("away" in place for place in asked) == 1
+    assert sum("there" in place for place in asked) == 2
+
+    # As long as it is young again, nobody asks.
+    sweep(settings.current())
+    assert len(asked) == 3
+
+
+def test_no_store_is_asked_to_forget_what_an_attempt_elsewhere_is_sending(prefect_server, asked):
+    here = dataclasses.replace(settings.current(), keep_seconds=0)
+    run_id = _left(prefect_server, "s3://there/1", "RUNNING")
+    with get_client(sync_client=True) as client:
+        client.update_flow_run_labels(uuid.UUID(run_id), {LABEL_HOST: "another", reaper.LABEL_ATTEMPT: 2})
+
+    assert run_id in sweep(here).workspaces
+    assert asked == []
+
+
+def test_a_hook_is_told_of_a_run_as_it_was_before_it_began_and_looks_again(prefect_server, asked, monkeypatch):
+    """As Prefect's worker does."""
+    run_id = uuid.UUID(_waiting(prefect_server, "PENDING"))
+    with get_client(sync_client=True) as client:
+        before = client.read_flow_run(run_id)
+        client.set_flow_run_state(run_id, Running())
+        client.update_flow_run_labels(run_id, {LABEL_OUTPUT: "s3://there/1"})
+        told = []
+        monkeypatch.setattr(lifecycle, "tell_failure", lambda client, run_id, name, verdict: told.append(verdict))
+        lifecycle.clean_up(algorithm_task, before, Crashed())
+
+    assert before.run_count == 0
+    assert "s3://there/1" in asked
+    assert told[0].sentence.startswith("The process that ran it is gone")

@@ -20,4 +20,4 @@ def test_a_list_of_numbers_is_one_line_and_texts_stay_as_they_are() -> None:
     "record", [{}, {"verdict": {"code": "exit_nonzero"}}, {"verdict": {"code": "ok"}, "first_try": None}, {"verdict": []}]
 )
 def test_of_a_failure_or_of_what_another_version_wrote_nothing_is_recalled(record) -> None:
-    assert recalled(record) is None
+    assert recalled(record, None) is None
