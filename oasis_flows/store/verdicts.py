@@ -43,6 +43,8 @@ BUSY = _words(
     "BandwidthLimitExceeded InternalError OperationAborted RequestTimeout RequestTimeoutException ServiceUnavailable "
     "SlowDown Throttling TooManyRequests 408 429 500 502 503 504"
 )
+# Said of what was right when it was sent, as this package's is: a bit flipped on the way, or an answer was lost and it was sent twice.
+DAMAGED = _words("BadDigest IncompleteBody InvalidDigest InvalidPart InvalidPartOrder NoSuchUpload XAmzContentSHA256Mismatch")
 NO_CREDENTIALS = _words(
     "NoCredentialsError PartialCredentialsError ProfileNotFound CredentialRetrievalError TokenRetrievalError "
     "SSOTokenLoadError UnauthorizedSSOTokenError InvalidConfigError ConfigParseError"
@@ -111,6 +113,10 @@ def _by_code(code: str, where: str, why: str, writing: bool) -> OasisError:
         return StoreFull(f"The store of {where} has no room left. Free some, or use another store. It said: {why}")
     if code in NO_NAME:
         return UnsafeName(f"{where} has a name that cannot be carried. Rename it. The client said: {why}")
+    if code in DAMAGED:
+        return StoreUnavailable(
+            f"What was sent to {where} arrived damaged. Try again; check the network. The store said: {why}"
+        )
     if not code or code in BUSY or re.fullmatch(r"5\d\d", code):
         return StoreUnavailable(
             f"The store of {where} did not answer, or broke off. Try again, and check its endpoint_url. It said: {why}"

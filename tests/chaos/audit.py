@@ -126,12 +126,12 @@ def _state(truth: Truth, claims: Claims) -> Iterator[str]:
     refused = (
         bool(claims.told) and any(fault.endswith("the server") for fault in truth.against) and "never began" in claims.message
     )
-    # So does the process that a worker starts: only who was connected once asks again where no connection can be made.
+    # So do a worker, and the process that it starts: only who was connected once asks again where no connection can be made.
     refused |= (
         not truth.called
         and not claims.attempts
         and any(fault.endswith("the server") for fault in truth.hit)
-        and claims.message.startswith("Process exited with status code: 1.")
+        and claims.message.startswith(("Process exited with status code: 1.", "Failed to submit flow run to infrastructure:"))
     )
     if claims.state == "CRASHED" and not truth.hit & ENDS_A_PROCESS and not refused:
         yield f"it is Crashed and nobody ended its process: {claims.message}"

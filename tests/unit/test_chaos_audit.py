@@ -85,6 +85,11 @@ def test_what_is_true_is_no_finding(truth, claims):
         (TRUTH, Claims(state="CRASHED", place=Place(log=b"out 2\n")), "its log has"),
         (CUT, Claims(state="CRASHED", told={"raised": "RemoteProtocolError"}), "nobody ended its process"),
         (
+            replace(CUT, called=False, hit=frozenset()),
+            Claims(state="CRASHED", message="Process exited with status code: 1.", attempts=0),
+            "nobody ended its process",
+        ),
+        (
             replace(CUT, called=False),
             Claims(state="CRASHED", message="Process exited with status code: 1."),
             "nobody ended its process",

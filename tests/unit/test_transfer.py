@@ -173,6 +173,8 @@ def test_no_exception_of_botocore_escapes(kind: type[Exception]) -> None:
         ("NoSuchBucket", DatasetNotFound),
         ("NoSuchKey", DatasetNotFound),
         ("SlowDown", StoreUnavailable),
+        ("InvalidPart", StoreUnavailable),
+        ("NoSuchUpload", StoreUnavailable),
         ("InternalError", StoreUnavailable),
         ("503", StoreUnavailable),
         ("QuotaExceeded", StoreFull),
