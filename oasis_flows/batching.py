@@ -210,7 +210,7 @@ def open_batch(plan: Plan, options: Options, folder: Path, *, image: str, at_onc
     asked = _asked(plan, options, image, listing)
     head = _noted(notes, "head.json", plan.output)
     if head is None:
-        store.check_writable(plan.root, plan.output)
+        store.check_writable(plan.root)
         store.begin(plan.output)
         layout, bytes = cut(listing, options, at_once)
         store.save_listing(folder, plan.output.child(HEAD))

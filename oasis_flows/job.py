@@ -195,7 +195,8 @@ class ContainerExit:
     not be read; the time is that of the last look, a moment before the end. `limit_passed` is the limit of output, files or
     log that it passed, or what must stay free of a disk: bytes or files, as the reason has it. `forks_refused` counts how
     often the limit of processes refused one. `usage` is what was seen from outside while it ran, oldest first, never more
-    than 240 samples. `detail` quotes the engine where it said why; `last_words` are the last lines on stderr, filled in by
+    than 240 samples. `log_lost` says in words what may have kept a part of its output out of the log, empty where nothing
+    did. `detail` quotes the engine where it said why; `last_words` are the last lines on stderr, filled in by
     who keeps the log.
     """
 
@@ -211,6 +212,7 @@ class ContainerExit:
     timeout_seconds: float | None = None
     limit_passed: int | None = None
     in_force: Mapping[str, object] = field(default_factory=dict)
+    log_lost: str = ""
     detail: str = ""
     last_words: tuple[str, ...] = ()
 

@@ -251,6 +251,7 @@ def _exit_rows(account: Account, verdict: Verdict) -> list[tuple[str, str]]:
         ("Peak memory", _peak_memory(exit)),
         ("Refused processes", f"{exit.forks_refused}, by `pids_limit`" if exit.forks_refused else ""),
         ("Sandbox", _sandbox(plan, exit)),
+        ("Log", f"a part may be missing: {exit.log_lost}" if exit.log_lost else ""),
     ]
 
 

@@ -145,7 +145,7 @@ def stage_input(plan: Plan, workspace: Workspace, *, go_on: Callable[[], None] =
         return Path(done["folder"]), Summary(**done["summary"])
     started = time.monotonic()
     if plan.part is None:
-        store.check_writable(plan.root, plan.output)
+        store.check_writable(plan.root)
         folder, summary = store.stage(plan.source, workspace.path, progress=_progress("Staged", MARKER_STAGED))
     else:
         shard = plan.part.shard
@@ -280,6 +280,8 @@ def _run(plan: Plan, workspace: Workspace, engine: Engine, job: ContainerJob) ->
     except OasisError as error:
         error.args = tuple(log.redact(str(part), secrets) for part in error.args)
         raise
+    if exit.log_lost:
+        get_run_logger().warning("A part of the log may be missing: %s.", exit.log_lost)
     return replace(exit, detail=log.redact(exit.detail, secrets), last_words=sink.last_words())
 
 

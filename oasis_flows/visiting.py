@@ -247,6 +247,8 @@ def _supervised(
     except OasisError as error:
         error.args = tuple(log.redact(str(part), secrets) for part in error.args)
         raise
+    if exit.log_lost:
+        get_run_logger().warning("A part of the log may be missing: %s.", exit.log_lost)
     return replace(exit, detail=log.redact(exit.detail, secrets), last_words=sink.last_words())
 
 

@@ -60,7 +60,7 @@ def find_container(api: Any, job: ContainerJob) -> Container | None:
             state = seen["State"]
             same = seen["Config"]["Labels"].get(spec.JOB) == spec.job_digest(job)
             told = state["Status"] == "exited" and (state.get("OOMKilled") or state["ExitCode"] not in (137, 143, 255))
-            told = told and saw_the_end(api, row["Id"], state, info)
+            told = told and _saw(api, row["Id"], "die", state.get("FinishedAt", ""), info)
             if found is None and same and (told or state["Status"] == "running"):
                 found = Container(row["Id"], state, spec.in_force(seen, info))
                 continue
@@ -68,18 +68,18 @@ def find_container(api: Any, job: ContainerJob) -> Container | None:
     return found
 
 
-def saw_the_end(api: Any, container: str, state: Mapping[str, Any], info: Mapping[str, Any]) -> bool:
-    """Was the engine there, and not on its way out, when the container ended? One that was not has no event of it.
+def _saw(api: Any, container: str, event: str, at: str, info: Mapping[str, Any]) -> bool:
+    """Was the engine there, and not on its way out, when the container began (`start`) or ended (`die`)? One that was not has no event of it.
 
     A program may end with 0 on the SIGTERM that the engine sends to all containers when it is stopped, half-way through its work.
-    An engine remembers some 256 events of all containers, so this is asked at once. Podman's containers outlive its service.
+    An engine remembers some 256 events of all containers since it began. Podman's containers outlive its service.
     """
     if spec.is_podman(info):
         return True
-    finished = parse_time(state.get("FinishedAt", ""))
-    wanted = {"container": [container], "event": ["die"]}
+    moment = parse_time(at)
+    wanted = {"container": [container], "event": [event]}
     # Until a little later than that, by the engine's clock: an event that is there already comes at once.
-    until = int(finished.timestamp()) + 4 if finished else 2
+    until = int(moment.timestamp()) + 4 if moment else 2
     with translated("asking for the events of a container"):
         events = api.events(since=1, until=until, filters=wanted, decode=True)
         try:
@@ -270,6 +270,7 @@ class Supervision:
             stdout_bytes=self._delivery.bytes["stdout"],
             stderr_bytes=self._delivery.bytes["stderr"],
             stderr_head=self._delivery.stderr_head,
+            log_lost=self._log_lost(pump),
         )
         return container_exit(self._job, evidence)
 
@@ -302,9 +303,23 @@ class Supervision:
 
     def _saw_the_end(self, state: Mapping[str, Any]) -> bool:
         try:
-            return saw_the_end(self._api, self._container.id, state, self._info)
+            return _saw(self._api, self._container.id, "die", state.get("FinishedAt", ""), self._info)
         except EngineError:
             return False
+
+    def _log_lost(self, pump: Pump) -> str:
+        """An engine that is killed loses what it has read of a container's output and not written down; a way to it that breaks loses nothing."""
+        if self._container.fresh and not pump.outages:
+            return ""
+        try:
+            same = _saw(self._api, self._container.id, "start", pump.state.get("StartedAt", ""), self._info)
+        except EngineError:
+            same = False
+        return (
+            ""
+            if same
+            else "the engine was started anew while the algorithm ran, and what was written just before may not be in its log"
+        )
 
     def _kill(self, signal_name: str) -> None:
         """Send a signal; one that is already gone, or an engine that is away, is for the pump to tell."""

@@ -17,7 +17,7 @@ from .usage import Usage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What was seen of one container, from the engine, the kernel, and the run itself."""
+    """What was seen of one container, from the engine, the kernel, and the run itself. `log_lost` is as in `ContainerExit`."""
 
     state: Mapping[str, Any]
     in_force: Mapping[str, object]
@@ -27,6 +27,7 @@ class Evidence:
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     stderr_head: bytes = b""
+    log_lost: str = ""
 
 
 def container_exit(job: ContainerJob, evidence: Evidence) -> ContainerExit:
@@ -52,6 +53,7 @@ def container_exit(job: ContainerJob, evidence: Evidence) -> ContainerExit:
         timeout_seconds=job.timeout_seconds,
         limit_passed=evidence.passed.limit if evidence.passed and reason is evidence.passed.reason else None,
         in_force=evidence.in_force,
+        log_lost=evidence.log_lost,
         detail=" ".join(part for part in (detail, str(state.get("Error") or "")) if part),
     )
 

@@ -538,9 +538,8 @@ class Supervision:
             passed=self._passed,
             log_head=follower.head if follower else b"",
             log_bytes=self._delivery.bytes["stdout"],
+            log_lost=follower.lost if follower else "",
         )
-        if follower is not None and follower.lost:
-            self._cluster.tell(f"A part of the log may be missing: {follower.lost}.")
         exit = verdict.container_exit(self._job, seen)
         if exit.reason is Reason.KILLED and self._deleting:
             raise ContainerLost(f"The container of run {self._job.run_id} was stopped. Run it again.")

@@ -59,7 +59,7 @@ class Seen:
     """What was seen of one pod to its end. `pod` is its last state; `gone`: it is in the cluster no more.
 
     `stopped` and `passed` say that this package ended it: at its time limit, or because it passed a limit. `log_head` is
-    how its log began, and `log_bytes` how long it was.
+    how its log began, `log_bytes` how long it was, and `log_lost` is as in `ContainerExit`.
     """
 
     pod: Json | None
@@ -71,6 +71,7 @@ class Seen:
     passed: Passed | None = None
     log_head: bytes = b""
     log_bytes: int = 0
+    log_lost: str = ""
 
 
 def newest(pods: Iterable[Json]) -> Json | None:
@@ -269,6 +270,7 @@ def container_exit(job: ContainerJob, seen: Seen) -> ContainerExit:
         timeout_seconds=job.timeout_seconds,
         limit_passed=seen.passed.limit if seen.passed and reason is seen.passed.reason else None,
         in_force=seen.in_force,
+        log_lost=seen.log_lost,
         detail=detail,
     )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .anywhere import Anywhere
 from .dataset import DATA, LOG, MANIFEST, RECORD, Published, published, read_manifest, read_record, scan
 from .folder import Folder
 from .listing import Listing, changes, read_slice, save_listing, write_listing
@@ -53,11 +52,11 @@ __all__ = [
 ]
 
 
-def check_writable(location: Location, output: Location | None = None) -> None:
+def check_writable(location: Location) -> None:
     """Return if files can be written and deleted there: it is tried. Folders that are missing on the way are made.
 
-    With `output`, a place below, an object store is tried there: whoever is killed meanwhile leaves an object, and `abandon`
-    takes it. Elsewhere the next try takes it, and a local folder is tried with a file that has no name.
+    A local folder is tried with a file that has no name. Elsewhere the file has the same name every time: what stays of it where
+    somebody is killed meanwhile, or where a store carries out a write behind its deletion, is taken by the next try, or by `abandon`.
 
     Raises:
         StoreDenied: wrong credentials, a read-only store, or no right to write.
@@ -68,21 +67,21 @@ def check_writable(location: Location, output: Location | None = None) -> None:
     if isinstance(store, Folder):
         store.check_writable()
         return
-    if output is not None and not isinstance(store, Anywhere):
-        store = files(output)
     store.write(TRIED, [b"May this be written?\n"], 21)
     store.delete([TRIED])
 
 
-def abandon(location: Location) -> None:
-    """Remove what a process that died left there that nobody sees as a dataset's: uploads of a `publish`, and what `check_writable` tried.
+def abandon(output: Location, root: Location | None = None) -> None:
+    """Remove what a process that died left there that nobody sees as a dataset's: uploads of a `publish`, and at `root` what `check_writable` tried.
 
-    It is tried for a second. The next `publish` to the same place aborts the uploads, too, and the next `check_writable` takes the other.
+    The uploads are tried for a second; the next `publish` to the same place aborts them, too.
 
     Raises:
         StoreDenied, StoreUnavailable: the store does not let us, or does not answer.
     """
-    files(location).abandon(hurry=True)
+    files(output).abandon(hurry=True)
+    if root is not None:
+        files(root).delete([TRIED])
 
 
 def read_file(location: Location, name: str, *, start: int = 0, tail: int | None = None) -> Iterator[bytes]:

@@ -29,7 +29,7 @@ from obstore.store import S3Store
 
 from ..errors import DatasetChanged, DatasetError, StoreDenied, StoreUnavailable
 from ..manifest import Entry
-from .transfer import CHUNK_BYTES, TRIED, Location, checkpoint, pause, soon, translated, turn, wait
+from .transfer import CHUNK_BYTES, Location, checkpoint, pause, soon, translated, turn, wait
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Credential
@@ -187,15 +187,10 @@ class Objects:
                     )
 
     def abandon(self, *, hurry: bool = False) -> None:
-        """See `Files.abandon`: uploads in parts that were broken off take room until somebody aborts them.
-
-        What lies where it was tried to write is as old as a killed process: a `publish` has seen its own go.
-        """
+        """See `Files.abandon`: uploads in parts that were broken off take room until somebody aborts them."""
         ends = time.monotonic() + HASTE.seconds if hurry else math.inf
         with translated(self._url, writing=True):
             client = _client(self._location, HASTE) if hurry else self._client
-            if hurry:
-                client.delete_object(Bucket=self._bucket, Key=self._prefix + TRIED)
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=self._prefix)
             pages = takewhile(lambda _: time.monotonic() < ends, pages)
             for upload in [upload for page in pages for upload in page.get("Uploads", ())]:

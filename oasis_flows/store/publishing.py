@@ -13,7 +13,7 @@ from ..errors import DatasetError, UnsafeName
 from ..manifest import Entry, Summary, check_name, checked
 from .dataset import DATA, LOG, MANIFEST, MARKER, RECORD, Reading, paired, read_manifest, totals, write_manifest
 from .folder import Folder, Found, chunks_of, opened, walk
-from .transfer import TRIED, Files, Location, Meter, Progress, files, in_order
+from .transfer import Files, Location, Meter, Progress, files, in_order
 from .verdicts import Missing
 
 PROVISIONAL = json.dumps({MARKER: 1, "status": "Publishing"}).encode()
@@ -50,8 +50,7 @@ def publish(
     """
     meter = Meter(progress, *totals(_checked(output) if commit else _carriable(output)))
     store, manifest = files(location), workspace / "output.jsonl"
-    # What `check_writable` tried may have arrived behind its deletion, in a store that was away meanwhile.
-    store.delete([MANIFEST, TRIED])
+    store.delete([MANIFEST])
     fresh = _is_fresh(store)
     store.write(RECORD, [PROVISIONAL], len(PROVISIONAL), last=True)
     with _tidied(store):

@@ -600,7 +600,7 @@ class TestEngineGoesAway:
         cutter.start()
         ended = DockerEngine(way.connect).run(make_job("sh", "-c", COUNT), log)
         cutter.join()
-        assert (ended.reason, ended.exit_code) == (Reason.EXIT_NONZERO, 4)
+        assert (ended.reason, ended.exit_code, ended.log_lost) == (Reason.EXIT_NONZERO, 4, "")
         assert log.text("stdout") == COUNTED
         assert log.text("stderr") == COUNTED_ERRORS
 
@@ -616,6 +616,31 @@ class TestEngineGoesAway:
             assert log.text("stdout") == COUNTED
             with contextlib.closing(private.connect()) as client:
                 assert not client.api.containers(all=True)
+
+    @pytest.mark.parametrize("watched", [True, False])
+    def test_a_log_that_an_engine_may_have_lost_is_said_to_be_so(self, make_job: Make, tmp_path: Path, watched: bool) -> None:
+        """What an engine has read and not yet written down when it is killed is lost. The one that is started again stops what it finds; who
+        does not mind SIGTERM may come to a good end before its grace is over.
+        """
+        with private_engine() as private:
+            private.load(docker_archive(tmp_path / "image.tar", TinyImage(tags=("t:1",))))
+            engine, log = DockerEngine(private.connect, patience_seconds=60), Log()
+            job = make_job(
+                "sh", "-c", "trap '' TERM; i=0; while [ $i -lt 50 ]; do echo line $i; i=$((i+1)); sleep 0.1; done", image="t:1"
+            )
+            if not watched:
+                with contextlib.closing(private.connect()) as client:
+                    body = docker_spec.create_body(job, client.api.info(), client.api.inspect_image("t:1"))
+                    client.api.start(client.api.create_container_from_config(body, docker_spec.container_name(job))["Id"])
+            restart = threading.Timer(1.2, lambda: (private.end(signal.SIGKILL), time.sleep(1), private.start()))
+            restart.start()
+            if not watched:
+                restart.join()
+            ended = engine.run(job, log)
+            restart.join()
+            assert ended.reason is Reason.OK
+            assert log.text("stdout").endswith(b"line 49\n")
+            assert "the engine was started anew" in ended.log_lost
 
     @pytest.mark.parametrize("activated", [False, True])
     @pytest.mark.parametrize("code", [0, 1])

@@ -259,22 +259,22 @@ def test_a_place_that_can_be_written_is_left_as_it_was(place: Location) -> None:
     assert [entry.path for entry in store.scan(place)] == ["a"]
 
 
-@pytest.mark.parametrize(("place", "tried"), [("memory", TRIED), ("s3", f"of a run/{TRIED}")], indirect=["place"])
+@pytest.mark.parametrize("by_the_reaper", [True, False])
+@pytest.mark.parametrize("place", ["memory", "s3"], indirect=True)
 def test_what_a_process_leaves_that_is_killed_while_it_tries_is_taken_by_the_reaper_or_the_next(
-    place: Location, tried: str, monkeypatch: pytest.MonkeyPatch
+    place: Location, by_the_reaper: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    output = place.child("of a run")
     with monkeypatch.context() as patched:
         patched.setattr(type(files(place)), "delete", killed)
         with pytest.raises(KeyboardInterrupt):
-            store.check_writable(place, output)
+            store.check_writable(place)
 
-    assert [entry.path for entry in store.scan(place)] == [tried]
+    assert [entry.path for entry in store.scan(place)] == [TRIED]
     put_raw(place, {"a": b"1"})
-    store.abandon(output) if tried != TRIED else store.check_writable(place, output)
+    store.abandon(place.child("of a run"), place) if by_the_reaper else store.check_writable(place)
     assert [entry.path for entry in store.scan(place)] == ["a"]
 
 

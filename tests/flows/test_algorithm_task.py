@@ -547,6 +547,15 @@ def test_a_run_shows_how_closed_its_sandbox_was(ran, opened, force, said):
     assert f"| Sandbox | {said} |" in done.artifacts["oasis-run"]
 
 
+def test_a_run_says_where_its_log_may_lack_something(ran):
+    ended = ContainerExit(reason=Reason.OK, exit_code=0, log_lost="the engine was started anew")
+    done = ran(FakeEngine(ends(ended)))
+
+    assert "| Log | a part may be missing: the engine was started anew |" in done.artifacts["oasis-run"]
+    assert done.record["exit"]["log_lost"] == "the engine was started anew"
+    assert "A part of the log may be missing: the engine was started anew." in done.logs(containing="may be missing")
+
+
 def used(*numbers):
     """An end with these samples: seconds, processors, MiB."""
     samples = tuple(Sample(seconds, cpus, mib << 20) for seconds, cpus, mib in numbers)

@@ -22,6 +22,8 @@ FAILED = Claims(
     told={"raised": "AlgorithmFailed", "code": "exit_nonzero"},
 )
 FAILING = replace(TRUTH, exit_code=3)
+TOLD_LOST = replace(PLACE, record={"verdict": {"code": "ok"}, "exit": {"log_lost": "its engine was killed"}}, log=b"out 2\n")
+ENGINE = replace(TRUTH, against=frozenset({"kill the engine"}), hit=frozenset({"kill the engine"}))
 CUT = replace(TRUTH, against=frozenset({"cut the server"}), hit=frozenset({"cut the server"}))
 
 
@@ -34,6 +36,7 @@ CUT = replace(TRUTH, against=frozenset({"cut the server"}), hit=frozenset({"cut 
         (TRUTH, Claims(state="SCHEDULED")),
         (TRUTH, replace(COMPLETED, state="CRASHED", told=None, document=None)),
         (TRUTH, Claims(state="CRASHED", place=Place(log=LOG[:9]))),
+        (ENGINE, replace(COMPLETED, place=TOLD_LOST)),
         (TRUTH, replace(COMPLETED, state="FAILED", code="engine_unavailable", told=None, document=None, attempts=2)),
         (
             CUT,
@@ -55,6 +58,7 @@ CUT = replace(TRUTH, against=frozenset({"cut the server"}), hit=frozenset({"cut 
         "killed before it began",
         "crashed behind the commit",
         "crashed with half a log",
+        "its log may lack something, and says so",
         "crashed behind the commit, and failed when it was tried again",
         "refused by the server",
         "its process was refused by the server",
@@ -83,6 +87,8 @@ def test_what_is_true_is_no_finding(truth, claims):
         (TRUTH, replace(COMPLETED, place=replace(PLACE, log=LOG[:-1])), "lacks the last 1 bytes"),
         (TRUTH, replace(COMPLETED, place=replace(PLACE, log=LOG + b"out 2\n")), "its log has"),
         (TRUTH, Claims(state="CRASHED", place=Place(log=b"out 2\n")), "its log has"),
+        (TRUTH, replace(COMPLETED, place=TOLD_LOST), "its log has"),
+        (ENGINE, replace(COMPLETED, place=replace(TOLD_LOST, log=b"out 2\nout 1\n")), "its log has"),
         (CUT, Claims(state="CRASHED", told={"raised": "RemoteProtocolError"}), "nobody ended its process"),
         (
             replace(CUT, called=False, hit=frozenset()),

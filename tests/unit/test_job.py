@@ -68,6 +68,7 @@ def test_an_exit_survives_json() -> None:
         cpu_seconds=1.5,
         usage=(Sample(0.5, 1.0, 1 << 20), Sample(1.0, 0.5, 2 << 20)),
         in_force={"network": "none"},
+        log_lost="the engine was started anew",
         last_words=("one", "two"),
     )
     assert ContainerExit.from_json(json.loads(json.dumps(exit.to_json()))) == exit
