@@ -434,9 +434,7 @@ def abandon_uploads(run: FlowRun) -> bool:
         # Of all that can be left it hurts least, and a retry aborts it, too.
         with _noted("Uploads to %s may be left behind", url):
             try:
-                found = documents.find(DatasetStore, str(name)) if name else None
-                options = options_of(found)
-                store.abandon(Location(str(url), options), Location(found.url, options) if found else None)
+                store.abandon(Location(str(url), options_of(documents.find(DatasetStore, str(name)) if name else None)))
                 answered = True
             except OasisError as error:
                 answered = not error.transient

@@ -108,7 +108,7 @@ class Pump(threading.Thread):
     """Feeds the sink until the container has ended; then `done` is set, and `state` or `failure`.
 
     `news` is set then, and when the container's output ends: its end is near, or has come.
-    `outages` counts how often the engine went away meanwhile.
+    `outages` counts how often the engine went away meanwhile. `read_back` says that some of the output came from the engine's own log.
     """
 
     def __init__(self, api: Any, container: str, delivery: Delivery, attached: Any, patience_seconds: float) -> None:
@@ -118,7 +118,7 @@ class Pump(threading.Thread):
         self.done, self.news = threading.Event(), threading.Event()
         self.state: Mapping[str, Any] = {}
         self.failure: BaseException | None = None
-        self.outages = 0
+        self.outages, self.read_back = 0, False
 
     def run(self) -> None:
         """Called by the thread."""
@@ -171,6 +171,7 @@ class Pump(threading.Thread):
         import requests
         import urllib3
 
+        self.read_back = True
         url = f"{self._api.base_url}/v{self._api.api_version}/containers/{self._id}/logs"
         wanted = {"stdout": 1, "stderr": 1, "follow": int(follow)}
         with translated("reading the log of a container"):

@@ -72,7 +72,7 @@ def _saw(api: Any, container: str, event: str, at: str, info: Mapping[str, Any])
     """Was the engine there, and not on its way out, when the container began (`start`) or ended (`die`)? One that was not has no event of it.
 
     A program may end with 0 on the SIGTERM that the engine sends to all containers when it is stopped, half-way through its work.
-    An engine remembers some 256 events of all containers since it began. Podman's containers outlive its service.
+    An engine remembers the last 256 events of all containers, none from before it began. Podman's containers outlive its service.
     """
     if spec.is_podman(info):
         return True
@@ -309,17 +309,14 @@ class Supervision:
 
     def _log_lost(self, pump: Pump) -> str:
         """An engine that is killed loses what it has read of a container's output and not written down; a way to it that breaks loses nothing."""
-        if self._container.fresh and not pump.outages:
+        if not pump.read_back:
             return ""
         try:
-            same = _saw(self._api, self._container.id, "start", pump.state.get("StartedAt", ""), self._info)
-        except EngineError:
-            same = False
-        return (
-            ""
-            if same
-            else "the engine was started anew while the algorithm ran, and what was written just before may not be in its log"
-        )
+            if _saw(self._api, self._container.id, "start", pump.state.get("StartedAt", ""), self._info):
+                return ""
+        except EngineError as error:
+            logger.debug("Whether it is the same engine could not be asked: %s", error)
+        return "the engine may have been started anew while the algorithm ran, and loses what was written just before"
 
     def _kill(self, signal_name: str) -> None:
         """Send a signal; one that is already gone, or an engine that is away, is for the pump to tell."""

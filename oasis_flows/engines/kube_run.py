@@ -538,7 +538,8 @@ class Supervision:
             passed=self._passed,
             log_head=follower.head if follower else b"",
             log_bytes=self._delivery.bytes["stdout"],
-            log_lost=follower.lost if follower else "",
+            # Of what is longer than its limit nobody wants the rest.
+            log_lost=follower.lost if follower and not self._delivery.overflowed else "",
         )
         exit = verdict.container_exit(self._job, seen)
         if exit.reason is Reason.KILLED and self._deleting:

@@ -56,7 +56,7 @@ def check_writable(location: Location) -> None:
     """Return if files can be written and deleted there: it is tried. Folders that are missing on the way are made.
 
     A local folder is tried with a file that has no name. Elsewhere the file has the same name every time: what stays of it where
-    somebody is killed meanwhile, or where a store carries out a write behind its deletion, is taken by the next try, or by `abandon`.
+    somebody is killed meanwhile, or where a store carries out a write behind its deletion, is taken by the next try.
 
     Raises:
         StoreDenied: wrong credentials, a read-only store, or no right to write.
@@ -71,17 +71,13 @@ def check_writable(location: Location) -> None:
     store.delete([TRIED])
 
 
-def abandon(output: Location, root: Location | None = None) -> None:
-    """Remove what a process that died left there that nobody sees as a dataset's: uploads of a `publish`, and at `root` what `check_writable` tried.
-
-    The uploads are tried for a second; the next `publish` to the same place aborts them, too.
+def abandon(location: Location) -> None:
+    """Abort the uploads of a `publish` that died there: it is tried for a second. The next `publish` to the same place aborts them, too.
 
     Raises:
         StoreDenied, StoreUnavailable: the store does not let us, or does not answer.
     """
-    files(output).abandon(hurry=True)
-    if root is not None:
-        files(root).delete([TRIED])
+    files(location).abandon(hurry=True)
 
 
 def read_file(location: Location, name: str, *, start: int = 0, tail: int | None = None) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import fsspec
 
@@ -76,8 +77,10 @@ class Anywhere:
         """See `Files.delete`."""
         with translated(self._url, writing=True):
             for name in names:
-                if self._system.exists(self._path(name)):
-                    self._system.rm_file(self._path(name))
+                # Another run may try the same place at the same moment.
+                with suppress(FileNotFoundError):
+                    if self._system.exists(self._path(name)):
+                        self._system.rm_file(self._path(name))
 
     def abandon(self, *, hurry: bool = False) -> None:
         """See `Files.abandon`: fsspec's drivers keep no account of it."""

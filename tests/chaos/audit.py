@@ -94,8 +94,9 @@ def examine(truth: Truth, claims: Claims) -> Iterator[str]:
             yield "its Dataset document has another manifest's digest"
     if place.log is not None:
         whole = claims.state == "COMPLETED" or _verdict(place) == "exit_nonzero" or place.manifest is not None
-        told = bool(((place.record or {}).get("exit") or {}).get("log_lost"))
-        may_lack = told and bool(truth.against & {"kill the engine", "terminate the engine"})
+        may_lack = bool(((place.record or {}).get("exit") or {}).get("log_lost"))
+        if may_lack and not truth.against & {"kill the engine", "terminate the engine"}:
+            yield "its record says that its engine may have lost some of its log, and nobody ended that"
         yield from _log(truth.output, place.log, whole=whole and not may_lack, may_lack=may_lack)
     verdict = _verdict(place)
     told = claims.told or {}

@@ -25,11 +25,12 @@ from oasis_flows.job import Reason, Resources, Sandbox
 from tests.contract.test_engine import Log
 from tests.contract.test_kubernetes_cluster import FOREVER, MakeJob, Ran, another, engine, job
 from tests.contract.test_sandbox import listener
+from tests.e2e.test_kubernetes_worker import PODS, Installed, installed
 from tests.servers.cluster import TestCluster
 from tests.servers.engine import eventually
 from tests.servers.prefect import PrefectServer
 
-__all__ = ["engine", "job", "listener"]
+__all__ = ["engine", "installed", "job", "listener"]
 
 NODE, PROGRAM = os.environ["LOSE_NODE"].split()
 
@@ -170,3 +171,22 @@ class TestNetwork:
         said = log.text("stdout").splitlines()
         assert said[-1] == b"tried"
         assert (b"IN" in said) is network
+
+
+def test_a_flow_run_whose_own_node_is_lost_has_crashed_and_leaves_nothing_when_that_is_back(
+    installed: Installed, losable: Callable[[], object]
+) -> None:
+    """On the lost node flow run and container go on, and reach nobody. Once the cluster gives them up, Prefect's worker says so."""
+    run_id = installed.begin("in-pod-lasts")
+    algorithm, flow = installed.algorithm_pod(run_id), installed.flow_pod(run_id)
+    assert algorithm["spec"]["nodeName"] == flow["spec"]["nodeName"] == NODE
+    losable()
+    installed.server.wait_for(run_id, "CRASHED", seconds=300)
+
+    subprocess.run([PROGRAM, "back"], check=True, stdin=subprocess.DEVNULL)
+    eventually(lambda: installed.left(run_id) == [], 120)
+    eventually(lambda: installed.rows(PODS, f"prefect.io/flow-run-id={run_id}") == [], 120)
+    run = installed.server.api(f"/flow_runs/{run_id}")
+    assert (run["state_type"], run["run_count"]) == ("CRASHED", 1)
+    assert "oasis.output" in run["labels"]
+    assert not installed.here(run["labels"]["oasis.output"]).exists()

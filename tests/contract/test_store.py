@@ -20,6 +20,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from oasis_flows import store
 from oasis_flows.errors import (
@@ -259,10 +260,9 @@ def test_a_place_that_can_be_written_is_left_as_it_was(place: Location) -> None:
     assert [entry.path for entry in store.scan(place)] == ["a"]
 
 
-@pytest.mark.parametrize("by_the_reaper", [True, False])
 @pytest.mark.parametrize("place", ["memory", "s3"], indirect=True)
-def test_what_a_process_leaves_that_is_killed_while_it_tries_is_taken_by_the_reaper_or_the_next(
-    place: Location, by_the_reaper: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_a_process_leaves_that_is_killed_while_it_tries_is_taken_by_the_next(
+    place: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -274,8 +274,15 @@ def test_what_a_process_leaves_that_is_killed_while_it_tries_is_taken_by_the_rea
 
     assert [entry.path for entry in store.scan(place)] == [TRIED]
     put_raw(place, {"a": b"1"})
-    store.abandon(place.child("of a run"), place) if by_the_reaper else store.check_writable(place)
+    store.check_writable(place)
     assert [entry.path for entry in store.scan(place)] == ["a"]
+
+
+@pytest.mark.parametrize("place", ["memory"], indirect=True)
+def test_what_somebody_else_deletes_first_is_deleted(place: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs that begin try one file at their store's root."""
+    monkeypatch.setattr(MemoryFileSystem, "exists", lambda *_, **__: True)
+    files(place).delete([TRIED])
 
 
 def test_a_damaged_file_of_a_published_dataset_is_named(

@@ -127,8 +127,8 @@ def test_a_failed_start_keeps_the_algorithm_from_starting_and_is_named(ran, made
     # BusyBox writes the shell's name and the message apart, and the engine carries stdout and stderr side by side:
     # the line of the one may come between the two halves of the other's.
     assert "first" in done.log
-    assert "algorithm" not in done.said
-    assert "after" not in done.said
+    assert "algorithm" not in done.log
+    assert "after" not in done.log
     assert ("cleaned up" in done.log) == ends
     assert done.record["exit"]["reason"] == done.record["verdict"]["code"] == "prerequisite_failed"
     assert done.record["prerequisites"]["callbacks"][0]["command"] == "cd /nowhere"

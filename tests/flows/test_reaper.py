@@ -160,7 +160,7 @@ def asked(monkeypatch):
     """The places that stores were asked about; a store whose URL holds the word away does not answer."""
     told = []
 
-    def abandon(location, root=None):
+    def abandon(location):
         told.append(location.url)
         if "away" in location.url:
             raise StoreUnavailable("The store does not answer.")

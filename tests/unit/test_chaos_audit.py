@@ -87,7 +87,7 @@ def test_what_is_true_is_no_finding(truth, claims):
         (TRUTH, replace(COMPLETED, place=replace(PLACE, log=LOG[:-1])), "lacks the last 1 bytes"),
         (TRUTH, replace(COMPLETED, place=replace(PLACE, log=LOG + b"out 2\n")), "its log has"),
         (TRUTH, Claims(state="CRASHED", place=Place(log=b"out 2\n")), "its log has"),
-        (TRUTH, replace(COMPLETED, place=TOLD_LOST), "its log has"),
+        (TRUTH, replace(COMPLETED, place=TOLD_LOST), "and nobody ended that"),
         (ENGINE, replace(COMPLETED, place=replace(TOLD_LOST, log=b"out 2\nout 1\n")), "its log has"),
         (CUT, Claims(state="CRASHED", told={"raised": "RemoteProtocolError"}), "nobody ended its process"),
         (
