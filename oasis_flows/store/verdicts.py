@@ -45,6 +45,16 @@ BUSY = _words(
 )
 # Said of what was right when it was sent, as this package's is: a bit flipped on the way, or an answer was lost and it was sent twice.
 DAMAGED = _words("BadDigest IncompleteBody InvalidDigest InvalidPart InvalidPartOrder NoSuchUpload XAmzContentSHA256Mismatch")
+# Of https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html, what says that the request is wrong for good.
+REFUSED = _words(
+    "AccessPointAlreadyOwnedByYou BucketAlreadyExists BucketAlreadyOwnedByYou BucketNotEmpty EntityTooLarge EntityTooSmall "
+    "IllegalLocationConstraintException InvalidAccessPoint InvalidArgument InvalidBucketName InvalidBucketState InvalidHostHeader "
+    "InvalidLocationConstraint InvalidObjectState InvalidPayer InvalidRange InvalidRegion InvalidRequest InvalidStorageClass "
+    "InvalidTag InvalidURI MalformedXML MaxMessageLengthExceeded MetadataTooLarge MethodNotAllowed MissingContentLength "
+    "MissingRequestBodyError MissingSecurityHeader NoSuchAccessPoint NotImplemented ObjectLockConfigurationNotFoundError "
+    "PermanentRedirect PreconditionFailed Redirect RequestHeaderSectionTooLarge TemporaryRedirect TooManyBuckets "
+    "UnexpectedContent UnsupportedArgument UnsupportedSignature"
+)
 NO_CREDENTIALS = _words(
     "NoCredentialsError PartialCredentialsError ProfileNotFound CredentialRetrievalError TokenRetrievalError "
     "SSOTokenLoadError UnauthorizedSSOTokenError InvalidConfigError ConfigParseError"
@@ -121,7 +131,13 @@ def _by_code(code: str, where: str, why: str, writing: bool) -> OasisError:
         return StoreUnavailable(
             f"The store of {where} did not answer, or broke off. Try again, and check its endpoint_url. It said: {why}"
         )
-    return DatasetError(f"The store refused a request for {where}. Check the URL, endpoint_url and region. It said: {why}")
+    # A client's own exceptions have names that end so.
+    if code in REFUSED or code.endswith("Error") or re.fullmatch(r"[34]\d\d", code):
+        return DatasetError(f"The store refused a request for {where}. Check the URL, endpoint_url and region. It said: {why}")
+    return StoreUnavailable(
+        f"The store refused a request for {where} with a word that S3 does not have, or that arrived damaged. Try again; check the "
+        f"network, the URL, endpoint_url and region. It said: {why}"
+    )
 
 
 def _by_errno(error: OSError, where: str, why: str, writing: bool) -> OasisError:

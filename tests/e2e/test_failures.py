@@ -163,6 +163,12 @@ def no_engine(here: Surroundings) -> dict[str, Any]:
     return {}
 
 
+def no_gpu(here: Surroundings) -> dict[str, Any]:
+    """A cluster may have GPUs; none of its nodes has such."""
+    here.monkeypatch.setenv("OASIS_FLOWS_KUBERNETES_GPU", "{resource: example.org/gpu}")
+    return {}
+
+
 def required(here: Surroundings, text: str) -> dict[str, Any]:
     """An algorithm that requires a prerequisite of this specification."""
     (here.folder / "required.yaml").write_text(text)
@@ -392,7 +398,7 @@ SITUATIONS = {
     "registry unreachable from the node": cluster("registry_unavailable", "platform", "did not answer", "Check its name", 3, registry_away),
     "broken archive": image("image_invalid", "description", "cut", "Copy it again", 2, broken_archive),
     "archive with two images": image("image_invalid", "description", "holds 2 images", "Save one", 2, two_images),
-    "no GPU": Situation("no_gpu", "plan", "platform", "needs a GPU", "gpu: false", 3, algorithm={"gpu": True}),
+    "no GPU": Situation("no_gpu", "plan", "platform", "needs a GPU", "gpu: false", 3, algorithm={"gpu": True}, make=no_gpu),
     "unknown parameter": Situation("invalid_description", "plan", "description", "`n`", "", 2, algorithm={"parameters": {"n": None}}),
     "prerequisite failed": Situation("prerequisite_failed", "run_container", "description", "its prerequisite get failed: `exit 4` (taskStarts) ended with exit code 4", "Correct the prerequisite", make=failing_prerequisite),
     "prerequisite without its variable": Situation("invalid_prerequisite", "plan", "description", "→ get): it asks for the template variable dataPath", "template_variables: {dataPath: VALUE}", 2, make=prerequisite_without_its_variable),

@@ -179,13 +179,15 @@ def test_no_exception_of_botocore_escapes(kind: type[Exception]) -> None:
         ("503", StoreUnavailable),
         ("QuotaExceeded", StoreFull),
         ("PermanentRedirect", DatasetError),
+        ("NoRuchKey", StoreUnavailable),
     ],
 )
 def test_each_code_of_s3_has_its_remedy(code: str, expected: type[OasisError]) -> None:
-    with pytest.raises(expected), translated("s3://bucket/a.txt"):
+    with pytest.raises(expected) as caught, translated("s3://bucket/a.txt"):
         raise botocore.exceptions.ClientError({"Error": {"Code": code, "Message": "because"}}, "GetObject")
     with pytest.raises(expected), translated("s3://bucket/a.txt"):
         raise obstore.exceptions.GenericError(f"status code: 400: <Error><Code>{code}</Code><Message>because</Message></Error>")
+    assert caught.value.transient == (expected is StoreUnavailable)
 
 
 @pytest.mark.parametrize(
