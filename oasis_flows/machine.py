@@ -23,7 +23,7 @@ from .engines import Engine, ImageEngine
 from .errors import DescriptionError, UnsupportedByEngine
 from .job import RegistryLogin
 from .settings import Settings
-from .snapshots import GPU_TOLERATIONS, nodes_in
+from .snapshots import GPU_RESOURCE, GPU_TOLERATIONS, nodes_in
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def _kubernetes_engine(settings: Settings) -> Engine:
         home=settings.home,
         node=here.node,
         owner=owner,
-        gpu_resource=str(here.gpu.get("resource") or "nvidia.com/gpu"),
+        gpu_resource=str(here.gpu.get("resource") or GPU_RESOURCE),
         gpu_node_selector=here.gpu.get("nodeSelector") or {},
         gpu_tolerations=tuple(here.gpu.get("tolerations") or GPU_TOLERATIONS),
         ephemeral_bytes=here.ephemeral_bytes,

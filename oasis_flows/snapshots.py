@@ -10,8 +10,9 @@ from .errors import DescriptionError
 
 Json = Mapping[str, Any]
 
-# What a container with a GPU puts up with on Kubernetes, unless the settings say otherwise.
-GPU_TOLERATIONS: Sequence[Json] = ({"key": "nvidia.com/gpu", "operator": "Exists"},)
+# What a container with a GPU asks for on Kubernetes, and what it puts up with, unless the settings say otherwise.
+GPU_RESOURCE = "nvidia.com/gpu"
+GPU_TOLERATIONS: Sequence[Json] = ({"key": GPU_RESOURCE, "operator": "Exists"},)
 
 # No engine of this package says how many containers it takes; a machine has other limits before that.
 MANY = 1 << 20
@@ -80,11 +81,14 @@ def _wants_gpu(request: Json) -> bool:
     return any("gpu" in names for names in request.get("Capabilities") or ())
 
 
-def kubernetes_nodes(listing: Json, gpu_tolerations: Sequence[Json] = GPU_TOLERATIONS) -> tuple[Node, ...]:
+def kubernetes_nodes(
+    listing: Json, gpu_tolerations: Sequence[Json] = GPU_TOLERATIONS, gpu_resource: str | None = None
+) -> tuple[Node, ...]:
     """A cluster's nodes: what is allocatable, less the requests of pods that are scheduled and have not finished.
 
     A node that is cordoned, not ready, or tainted against ordinary pods is closed; where these tolerations, which pods with
-    GPUs have, put up with its taints, it is open to such pods alone. A pod's request is what the scheduler
+    GPUs have, put up with its taints, it is open to such pods alone. GPUs are what has the name `gpu_resource`; without it, any that ends in
+    `/gpu`. A pod's request is what the scheduler
     counts: its containers together or, where that is more, its largest initial container, sidecars added to both.
     """
     items = listing["items"]
@@ -92,11 +96,11 @@ def kubernetes_nodes(listing: Json, gpu_tolerations: Sequence[Json] = GPU_TOLERA
     requested: dict[str, Vector] = {}
     for pod in pods:
         name = pod["spec"]["nodeName"]
-        requested[name] = requested.get(name, Vector()).plus(_pod_request(pod["spec"]))
+        requested[name] = requested.get(name, Vector()).plus(_pod_request(pod["spec"], gpu_resource))
     return tuple(
         Node(
             name=item["metadata"]["name"],
-            allocatable=_amount(item["status"]["allocatable"])._replace(
+            allocatable=_amount(item["status"]["allocatable"], gpu_resource)._replace(
                 pods=int(quantity(item["status"]["allocatable"].get("pods", MANY)))
             ),
             requested=requested.get(item["metadata"]["name"], Vector()),
@@ -131,23 +135,24 @@ def _tolerates(toleration: Json, taint: Json) -> bool:
     return toleration.get("key") == taint["key"] and (toleration.get("value") or "") == (taint.get("value") or "")
 
 
-def _pod_request(spec: Json) -> Vector:
+def _pod_request(spec: Json, gpu_resource: str | None) -> Vector:
     running, most = Vector(), Vector()
     for each in spec.get("initContainers", ()):
-        wanted = _amount(each.get("resources", {}).get("requests", {}))
+        wanted = _amount(each.get("resources", {}).get("requests", {}), gpu_resource)
         if each.get("restartPolicy") == "Always":
             running = running.plus(wanted)
             most = Vector(*map(max, most, running))
         else:
             most = Vector(*map(max, most, running.plus(wanted)))
     for each in spec["containers"]:
-        running = running.plus(_amount(each.get("resources", {}).get("requests", {})))
-    whole = Vector(*map(max, most, running)).plus(_amount(spec.get("overhead", {})))
+        running = running.plus(_amount(each.get("resources", {}).get("requests", {}), gpu_resource))
+    whole = Vector(*map(max, most, running)).plus(_amount(spec.get("overhead", {}), gpu_resource))
     return whole._replace(pods=1)
 
 
-def _amount(values: Json) -> Vector:
-    gpus = sum(int(quantity(value)) for name, value in values.items() if name.endswith("/gpu"))
+def _amount(values: Json, gpu_resource: str | None) -> Vector:
+    names = [name for name in values if (name.endswith("/gpu") if gpu_resource is None else name == gpu_resource)]
+    gpus = sum(int(quantity(values[name])) for name in names)
     return Vector(millicpus(values.get("cpu", 0)), byte_count(values.get("memory", 0)), gpus)
 
 

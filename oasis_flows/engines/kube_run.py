@@ -470,18 +470,19 @@ class Supervision:
         if self._cluster.grows:
             return
         try:
-            nodes = kubernetes_nodes(self._cluster.api.call("GET", "/api/v1/nodes", patience_seconds=0))
+            listing = self._cluster.api.call("GET", "/api/v1/nodes", patience_seconds=0)
         except (Refused, EngineUnavailable) as error:
             logger.debug("Nodes cannot be read: %s", error)
             return
-        resources = self._job.resources
+        place, resources = self._cluster.place, self._job.resources
+        nodes = kubernetes_nodes(listing, place.gpu_tolerations, place.gpu_resource)
         gpus = resources.gpus if isinstance(resources.gpus, int) else 0
         demand = Demand(cpus=resources.cpus, memory_bytes=resources.memory_bytes, gpus=gpus)
         if not nodes:
             return
         if gpus and max(node.allocatable.gpus for node in nodes) < gpus:
             raise NoGpu(
-                f"No node of the cluster has {gpus} {self._cluster.place.gpu_resource}. Install the device plugin, or ask for fewer. "
+                f"No node of the cluster has {gpus} {place.gpu_resource}. Install the device plugin, or ask for fewer. "
                 f"The cluster said: {words}"
             )
         open_nodes = [_opened(node) for node in nodes]

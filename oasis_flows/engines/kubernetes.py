@@ -228,7 +228,7 @@ class KubernetesEngine:
         except Refused as error:
             raise error.translated("to show its nodes and pods") from error
         others = [pod for pod in pods if not any(_is_of(pod, run_id) for run_id in without)]
-        return kubernetes_nodes({"items": [*nodes, *others]}, self._place.gpu_tolerations)
+        return kubernetes_nodes({"items": [*nodes, *others]}, self._place.gpu_tolerations, self._place.gpu_resource)
 
     def reap(
         self,

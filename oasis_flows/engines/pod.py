@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import DescriptionError, UnsupportedByEngine
 from ..job import ContainerJob, Mount, RegistryLogin
+from ..snapshots import GPU_RESOURCE
 
 Json = Mapping[str, Any]
 
@@ -61,7 +62,7 @@ class Place:
     home: Path
     node: str = ""
     owner: Json | None = None
-    gpu_resource: str = "nvidia.com/gpu"
+    gpu_resource: str = GPU_RESOURCE
     gpu_node_selector: Mapping[str, str] = field(default_factory=dict)
     gpu_tolerations: tuple[Json, ...] = ()
     ephemeral_bytes: int = 1 << 30

@@ -213,6 +213,17 @@ def test_tolerations_mean_what_kubernetes_means_by_them(toleration, puts_up):
     assert fit([found], WITH_GPU).count == (2 if puts_up else 0)
 
 
+@pytest.mark.parametrize(
+    ("resource", "count"), [("nvidia.com/mig-1g.10gb", 7), ("nvidia.com/gpu", 1), ("amd.com/gpu", 0), (None, 1)]
+)
+def test_gpus_are_what_the_settings_call_so(resource, count):
+    """A card that is cut into slices has names of its own for them."""
+    amounts = {"cpu": "8", "memory": "32Gi", "nvidia.com/gpu": "1", "nvidia.com/mig-1g.10gb": "7", "pods": "110"}
+    (found,) = kubernetes_nodes(changed_node({"status": {"allocatable": amounts}}), gpu_resource=resource)
+
+    assert found.allocatable.gpus == count
+
+
 OLD_OSCAR = {
     "numberNodes": 2,
     "detail": [
