@@ -98,7 +98,7 @@ def reap(settings: Settings, *, now: bool = False) -> Reaped:
 
     These are runs of deployments with the tag `oasis-flows` that for the setting `OASIS_FLOWS_BEGIN_WITHIN` have been cancelled and did not end,
     or were taken by a worker and did not begin: one that starts processes, for these do not wait, or one that is gone; and
-    runs, calls too, that for as long have been Running and never came so far as to have a watchdog. An
+    runs, calls too, that for as long have been Running and never came so far as to have a watchdog, and calls that have been Pending. An
     automation does much the same; but a server that is killed before it has acted on an event does not know of it afterwards.
 
     Raises:
@@ -225,7 +225,7 @@ def _tell_end(run: FlowRun, settings: Settings, silence_seconds: float) -> Reape
 def _end_forgotten(settings: Settings) -> tuple[str, ...]:
     ended, seconds = [], settings.begin_seconds
     with get_client(sync_client=True) as client:
-        for found in chain(_waiting(client), _begun(client, settings)):
+        for found in chain(_waiting(client), _called(client), _begun(client, settings)):
             with _noted("Prefect could not be told the end of run %s", found.id):
                 if _is_forgotten(client, found, seconds) and _end(client, client.read_flow_run(found.id), seconds):
                     ended.append(str(found.id))
@@ -249,12 +249,21 @@ def _waiting(client: SyncPrefectClient) -> Iterator[FlowRun]:
     return (run for run in _each(client, flow_run_filter=wanted) if run.deployment_id is not None)
 
 
+def _called(client: SyncPrefectClient) -> Iterator[FlowRun]:
+    """Calls that have not begun, which wait for nothing."""
+    return (run for run in _of_ours(client, StateType.PENDING) if run.deployment_id is None and run.work_pool_name is None)
+
+
 def _begun(client: SyncPrefectClient, settings: Settings) -> Iterator[FlowRun]:
-    """Runs of ours whose process died, if it did, before there was anything else that knew of it."""
-    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
+    """Runs whose process died, if it did, before there was anything else that knew of it."""
+    found = _of_ours(client, StateType.RUNNING)
+    return (run for run in found if not _had_a_watchdog(run) and not _is_owned(run, settings))
+
+
+def _of_ours(client: SyncPrefectClient, state: StateType) -> Iterator[FlowRun]:
+    wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[state])))
     named = FlowFilter(name=FlowFilterName(any_=["algorithm-task", "batch", "train"]))
-    found = _each(client, flow_filter=named, flow_run_filter=running)
-    return (run for run in found if _is_ours(run) and not _had_a_watchdog(run) and not _is_owned(run, settings))
+    return filter(_is_ours, _each(client, flow_filter=named, flow_run_filter=wanted))
 
 
 def _attempt(run: FlowRun) -> int:
@@ -285,7 +294,7 @@ def _is_ours(run: FlowRun) -> bool:
 def _is_forgotten(client: SyncPrefectClient, run: FlowRun, begin_seconds: float) -> bool:
     if run.state is None or age(run.state) < begin_seconds:
         return False
-    if not run.state.is_pending() or worker_is_gone(client, run):
+    if not run.state.is_pending() or run.deployment_id is None or worker_is_gone(client, run):
         return True
     return run.work_pool_name is not None and client.read_work_pool(run.work_pool_name).type == "process"
 
@@ -297,7 +306,8 @@ def _end(client: SyncPrefectClient, run: FlowRun, begin_seconds: float) -> bool:
     if run.state.is_running():
         is_over, verdict = not _had_a_watchdog(run), judge(ProcessGone(DIED_AT_ONCE + _again(run)))
     else:
-        is_over, verdict = run.state.is_pending() or run.state.is_cancelling(), judge(ProcessGone(NEVER_BEGAN + _again(run)))
+        why = NEVER_BEGAN if run.deployment_id is not None else DIED_AT_ONCE
+        is_over, verdict = run.state.is_pending() or run.state.is_cancelling(), judge(ProcessGone(why + _again(run)))
     if not is_over:
         return False
     crashed = not run.state.is_cancelling()

@@ -34,11 +34,16 @@ def _waiting(
     return str(server.api(f"/deployments/{deployment}/create_flow_run", given)["id"])
 
 
-def _begun(server: PrefectServer, parameters: dict[str, object], labels: dict[str, object] | None = None) -> str:
-    """A call that runs; its id."""
+def _called(server: PrefectServer, parameters: dict[str, object], labels: dict[str, object] | None = None) -> str:
+    """A call that has not begun; its id."""
     flow = server.api("/flows/", {"name": "algorithm-task"})["id"]
     given = {"flow_id": flow, "parameters": parameters, "labels": labels or {}, "state": {"type": "PENDING"}}
-    run_id = str(server.api("/flow_runs/", given)["id"])
+    return str(server.api("/flow_runs/", given)["id"])
+
+
+def _begun(server: PrefectServer, parameters: dict[str, object], labels: dict[str, object] | None = None) -> str:
+    """A call that runs; its id."""
+    run_id = _called(server, parameters, labels)
     server.api(f"/flow_runs/{run_id}/set_state", {"state": {"type": "RUNNING"}})
     return run_id
 
@@ -90,11 +95,8 @@ def test_it_is_said_what_became_of_it(deployed, monkeypatch, capsys):
     assert "failed:process_gone" in run["tags"]
 
 
-def test_what_is_not_ours_is_left_alone_whatever_its_flow_is_called_and_a_call_is_no_workers(deployed):
-    foreign = _waiting(deployed, "PENDING", tags=())
-    flow = deployed.api("/flows/", {"name": "algorithm-task"})["id"]
-    called = deployed.api("/flow_runs/", {"flow_id": flow, "state": {"type": "PENDING"}, "tags": [reaper.TAG]})["id"]
-    begun = _begun(deployed, {"threshold": 1})
+def test_what_is_not_ours_is_left_alone_whatever_its_flow_is_called(deployed):
+    foreign, called, begun = _waiting(deployed, "PENDING", tags=()), _called(deployed, {}), _begun(deployed, {"threshold": 1})
 
     assert not {foreign, called, begun} & {*reap(_after(0)).runs}
     assert [_state(deployed, run_id) for run_id in (foreign, called, begun)] == ["PENDING", "PENDING", "RUNNING"]
@@ -110,6 +112,14 @@ def test_a_call_that_runs_and_never_had_a_watchdog_is_ended(deployed, labels, th
 
     assert _reaped(deployed, run_id) == then
     assert deployed.api(f"/flow_runs/{run_id}")["run_count"] == 1
+
+
+def test_a_call_that_never_began_is_ended(deployed):
+    """Its process was killed between the making of its run and its first word; an automation ends it, unless its server dies, too."""
+    run_id = _called(deployed, {"algorithm": "a", "input_dataset": "b"})
+
+    assert _reaped(deployed, run_id) == "CRASHED"
+    assert deployed.api(f"/flow_runs/{run_id}")["state"]["message"].startswith(reaper.DIED_AT_ONCE)
 
 
 def test_a_run_that_was_paused_is_the_same_attempt(deployed):
