@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from prefect import runtime, task
+from prefect import runtime
 
 from . import store
 from .batch_record import FAILED_LIST, batch_json, done_rows, failed_rows, log_line, write_lists
 from .batching import Batch
+from .documents import task
 from .errors import DatasetError, DatasetNotFound, FilesFailed, OasisError
 from .job import counted
 from .ledger import Ledger, Row

@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast, get_args, get_type_hints
 from uuid import UUID
 
 import httpx
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.exceptions import ObjectNotFound, ParameterTypeError
 from prefect.flows import Flow
+from prefect.tasks import Task
 
 from . import heartbeat, interruption, kept_client
 from .errors import DescriptionError, ServerDenied, ServerUnavailable
@@ -85,9 +88,12 @@ def patiently(ask: Callable[[], R]) -> R:
     while True:
         try:
             return ask()
-        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+        except (httpx.TransportError, httpx.HTTPStatusError, ConcurrencySlotAcquisitionError) as caught:
+            error = caught.__cause__ if isinstance(caught, ConcurrencySlotAcquisitionError) else caught
+            if not isinstance(error, httpx.TransportError | httpx.HTTPStatusError):
+                raise
             if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
-                raise denied(error) or error from error
+                raise denied(error) or caught from error
             if time.monotonic() > until:
                 raise ServerUnavailable(
                     f"The Prefect server does not answer. Start it again, and retry the run: nothing done so far is lost. "
@@ -116,6 +122,19 @@ def await_server() -> None:
             client.hello().raise_for_status()
 
     patiently(hello)
+
+
+class PatientTask(Task[P, R]):
+    """A task that waits for a server that is away where Prefect's engine does not: when it asks whether the limits of the run's tags leave room."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task; see Prefect's `Task`."""
+        return patiently(partial(super().__call__, *args, **kwargs))
+
+
+def task(**options: Any) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """As Prefect's `task`, for a `PatientTask`."""
+    return lambda function: PatientTask(function, **options)
 
 
 class DocumentFlow(Flow[P, R]):

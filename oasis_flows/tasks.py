@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from prefect import runtime, task
+from prefect import runtime
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
@@ -29,6 +29,7 @@ from . import caches, callbacks, documents, interruption, log, progress, saving,
 from .artifacts import TransferBar, show_waiting
 from .blocks import Dataset
 from .callbacks import Notes
+from .documents import task
 from .engines import Engine
 from .errors import DatasetError, DatasetNotFound, OasisError, ServerUnavailable, UnsafeName
 from .job import ContainerExit, ContainerJob, Mount, Reason, counted, human_bytes, parse_bytes

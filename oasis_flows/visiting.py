@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-from prefect import task
 from prefect.logging import get_run_logger
 from prefect.logging.loggers import PrefectLogAdapter
 
@@ -27,6 +26,7 @@ from .asking import (
     summarise,
 )
 from .difference import Difference
+from .documents import task
 from .engines import Files, ImageEngine
 from .errors import ImageNotFound, OasisError, ProtocolError, TrainFailed, TrainRefused
 from .fetched import drop, fetch, fetched

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import fsspec
+import httpx
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from prefect import tags
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
+from prefect.concurrency.services import ConcurrencySlotAcquisitionWithLeaseService
 from prefect.exceptions import TerminationSignal
 from prefect.flow_engine import run_flow
 from prefect.states import Scheduled
@@ -1147,3 +1149,26 @@ def test_once_a_container_has_ended_a_retry_needs_no_engine_for_its_image(tmp_pa
     workspace.mark_done(tasks.MARKER_RUN, {"exit": {}})
 
     assert tasks.prepare_image.fn(plan=None, workspace=workspace, settings=None) == "sha256:1"
+
+
+@pytest.mark.parametrize("status", [None, 503, 403])
+def test_a_step_waits_for_a_server_that_is_away_when_prefect_asks_it_for_a_place(ran, monkeypatch, status):
+    """Prefect's engine asks before each task of a run with tags, whether their limits leave room; once."""
+    request = httpx.Request("POST", "http://127.0.0.1/increment")
+    refused = httpx.HTTPStatusError("no", request=request, response=httpx.Response(status or 503, request=request))
+    failures = [httpx.ReadError("cut", request=request) if status is None else refused]
+    acquire = ConcurrencySlotAcquisitionWithLeaseService.acquire
+
+    async def away_at_first(self, *args, **options):
+        if failures:
+            raise failures.pop()
+        return await acquire(self, *args, **options)
+
+    monkeypatch.setattr(ConcurrencySlotAcquisitionWithLeaseService, "acquire", away_at_first)
+    with tags("a"):
+        done = ran(FakeEngine(count))
+
+    assert failures == []
+    assert (done.state.is_completed(), getattr(done.result, "code", None)) == (
+        (False, "server_denied") if status == 403 else (True, None)
+    )
