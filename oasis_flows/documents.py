@@ -77,7 +77,17 @@ def name_of(block_type: type[Block], id: UUID) -> str | None:
     return found.name if is_one else None
 
 
-def patiently(ask: Callable[[], R]) -> R:
+def _pause() -> None:
+    interruption.check()
+    time.sleep(1)
+
+
+def patiently(
+    ask: Callable[[], R],
+    *,
+    of: type[Exception] | tuple[type[Exception], ...] = (httpx.TransportError, httpx.HTTPStatusError),
+    pause: Callable[[], None] = _pause,
+) -> R:
     """Do what asks the Prefect server; again where it does not answer, ten minutes long. So `ask` must bear repetition.
 
     Raises:
@@ -88,20 +98,31 @@ def patiently(ask: Callable[[], R]) -> R:
     while True:
         try:
             return ask()
-        except (httpx.TransportError, httpx.HTTPStatusError, ConcurrencySlotAcquisitionError) as caught:
-            error = caught.__cause__ if isinstance(caught, ConcurrencySlotAcquisitionError) else caught
-            if not isinstance(error, httpx.TransportError | httpx.HTTPStatusError):
+        except of as error:
+            said = unanswered(error)
+            if said is None:
                 raise
-            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
-                raise denied(error) or caught from error
-            if time.monotonic() > until:
-                raise ServerUnavailable(
-                    f"The Prefect server does not answer. Start it again, and retry the run: nothing done so far is lost. "
-                    f"The cause: {type(error).__name__}: {error}"
-                ) from error
-        # Prefect's own client has waited a minute by now, unless it was answered.
-        interruption.check()
-        time.sleep(1)
+            if isinstance(said, ServerDenied) or time.monotonic() > until:
+                raise said from error
+        pause()
+
+
+def placed(run: Callable[[], R], pause: Callable[[], None] = _pause) -> R:
+    """Do what runs a task; again where the server is away as Prefect's engine asks, once, whether the limits of the run's tags leave room."""
+    return patiently(run, of=ConcurrencySlotAcquisitionError, pause=pause)
+
+
+def unanswered(error: Exception) -> ServerUnavailable | ServerDenied | None:
+    """What it means, if the Prefect server did not answer, or lets nobody in without the right password or key."""
+    asked = error.__cause__ if isinstance(error, ConcurrencySlotAcquisitionError) else error
+    if isinstance(asked, httpx.HTTPStatusError) and asked.response.status_code < 500:
+        return denied(asked)
+    if not isinstance(asked, httpx.TransportError | httpx.HTTPStatusError):
+        return None
+    return ServerUnavailable(
+        f"The Prefect server does not answer. Start it again, and retry the run: nothing done so far is lost. "
+        f"The cause: {type(asked).__name__}: {asked}"
+    )
 
 
 def denied(error: Exception) -> ServerDenied | None:
@@ -125,16 +146,16 @@ def await_server() -> None:
 
 
 class PatientTask(Task[P, R]):
-    """A task that waits for a server that is away where Prefect's engine does not: when it asks whether the limits of the run's tags leave room."""
+    """A task that is `placed`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task; see Prefect's `Task`."""
-        return patiently(partial(super().__call__, *args, **kwargs))
+        return placed(partial(super().__call__, *args, **kwargs))
 
 
 def task(**options: Any) -> Callable[[Callable[P, R]], Task[P, R]]:
     """As Prefect's `task`, for a `PatientTask`."""
-    return lambda function: PatientTask(function, **options)
+    return lambda function: PatientTask(function, log_prints=None, **options)
 
 
 class DocumentFlow(Flow[P, R]):

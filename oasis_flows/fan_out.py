@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -14,7 +15,8 @@ from . import interruption, reservations
 from .artifacts import Waiting
 from .batching import Batch, demand_of, places
 from .capacity import Vector, described
-from .errors import DescriptionError, EngineError, EngineUnavailable, OasisError
+from .documents import placed
+from .errors import DescriptionError, EngineError, EngineUnavailable, OasisError, ServerUnavailable
 from .ledger import Ledger
 from .machine import grows, nodes_now, open_engine
 from .schedule import Attempt, Ending, Schedule
@@ -120,7 +122,9 @@ class InProcess:
             f"The task of shard {attempt.shard.name} ended without a word. See the log of its task run."
         )
         try:
-            run_shard(self._shards, attempt, return_state=True)
+            placed(partial(run_shard, self._shards, attempt, return_state=True), self._wait)
+        except OasisError as other:
+            error = other
         except Exception as other:  # noqa: BLE001 - Prefect's own trouble with a task
             error = EngineError(
                 f"The task of shard {attempt.shard.name} could not be run. The cause: {type(other).__name__}: {other}"
@@ -128,6 +132,10 @@ class InProcess:
         finally:
             lost = Outcome(Ending.UNKNOWN, self._shards.unknown(attempt, error), error)
             self._ended.put((attempt, self._shards.outcomes.pop(attempt.shard.name, lost)))
+
+    def _wait(self) -> None:
+        if self._shards.stop.wait(1.0):
+            raise ServerUnavailable("The batch ended before this shard began, and the Prefect server did not answer.")
 
     def ended(self) -> Iterator[tuple[Attempt, Outcome]]:
         """Those that have ended since."""

@@ -250,8 +250,9 @@ def _waiting(client: SyncPrefectClient) -> Iterator[FlowRun]:
 
 
 def _called(client: SyncPrefectClient) -> Iterator[FlowRun]:
-    """Calls that have not begun, which wait for nothing."""
-    return (run for run in _of_ours(client, StateType.PENDING) if run.deployment_id is None and run.work_pool_name is None)
+    """Calls that have not begun. Those out of other flows may wait for what they are called with; others wait for nothing."""
+    found = _of_ours(client, StateType.PENDING)
+    return (run for run in found if not (run.deployment_id or run.work_pool_name or run.parent_task_run_id))
 
 
 def _begun(client: SyncPrefectClient, settings: Settings) -> Iterator[FlowRun]:

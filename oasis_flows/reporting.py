@@ -16,7 +16,7 @@ from prefect.states import Failed
 
 from . import interruption
 from .artifacts import harmless, show_files, show_page, tell_failure
-from .documents import await_server, patiently
+from .documents import await_server, patiently, unanswered
 from .errors import InternalError, OasisError
 from .job import Reason
 from .record import Account, oasis_status, page
@@ -42,7 +42,7 @@ def failed(error: Exception, account: Account) -> State[Any]:
     # Of what a signal raises Prefect's engine, and pydantic, may have made this error.
     interruption.check()
     if not isinstance(error, OasisError):
-        error = _unforeseen(error)
+        error = unanswered(error) or _unforeseen(error)
     verdict = judge(error)
     get_run_logger().error("%s", error)
     account.settle(error)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prefect import runtime
+from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
@@ -19,7 +19,6 @@ from prefect.states import Failed
 
 from . import oscar
 from .batching import Batch
-from .documents import task
 from .errors import AlgorithmFailed, DatasetChanged, DatasetError, OasisError, StoreDenied, StoreFull
 from .job import ContainerExit, Reason
 from .ledger import Ledger, Row

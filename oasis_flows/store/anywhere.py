@@ -15,6 +15,8 @@ from .transfer import CHUNK_BYTES, Location, checkpoint, translated
 class Anywhere:
     """The files under a URL, through fsspec. A listing is held in memory: fsspec has no other."""
 
+    in_parts = False
+
     def __init__(self, location: Location) -> None:
         self._url = location.url.rstrip("/")
         with translated(self._url):

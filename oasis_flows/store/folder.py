@@ -192,6 +192,8 @@ def _try_to_link(descriptor: int, path: Path | str) -> None:
 class Folder:
     """The files of a local folder. Those that are written or linked there are ours, with mode 644."""
 
+    in_parts = False
+
     def __init__(self, location: Location) -> None:
         self.root = Path(location.path).expanduser()
 

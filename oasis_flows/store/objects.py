@@ -73,6 +73,7 @@ class Objects:
         self._location, self._url = location, location.url.rstrip("/")
         self._bucket, _, prefix = location.path.partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
+        self.in_parts = False
         if not self._bucket or self._bucket == "/":
             raise DatasetError(f"{location.url} names no bucket. Write s3://bucket/folder.")
         with translated(self._url):
@@ -149,6 +150,7 @@ class Objects:
         wait(lambda: obstore.put_async(writes, key, body, use_multipart=False))
 
     def _put_parts(self, key: str, chunks: Iterable[bytes], part_bytes: int) -> None:
+        self.in_parts = True
         writer = obstore.open_writer_async(self._connection.writes, key, buffer_size=part_bytes, max_concurrency=2)
         for chunk in chunks:
             wait(lambda chunk=chunk: writer.write(chunk))  # type: ignore[misc]

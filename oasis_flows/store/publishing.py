@@ -72,13 +72,19 @@ def publish(
 
 @contextmanager
 def _tidied(store: Files) -> Iterator[None]:
-    """When the block is broken off, try for a moment to tidy up; what broke it off is raised in any case."""
+    """When the block is broken off, try for a moment to tidy up; what broke it off is raised in any case.
+
+    When it comes to its end, too: a client that lost the answer sends the request again, and has begun two uploads.
+    """
     try:
         yield
     except BaseException:
         with suppress(Exception):
             store.abandon(hurry=True)
         raise
+    if store.in_parts:
+        with suppress(DatasetError):
+            store.abandon()
 
 
 def _abandon(store: Files) -> None:

@@ -87,7 +87,9 @@ class Location:
 
 
 class Files(Protocol):
-    """The files under one URL. Names are relative to it; errors are this package's."""
+    """The files under one URL. Names are relative to it; errors are this package's. `in_parts`: was anything written in parts?"""
+
+    in_parts: bool
 
     def list(self, folder: str = "") -> Iterator[Entry]:
         """Every file below `folder` ("" or a name that ends with "/"), names relative to it, sorted; not yet checked."""

@@ -51,7 +51,7 @@ REFUSED = _words(
     "IllegalLocationConstraintException InvalidAccessPoint InvalidArgument InvalidBucketName InvalidBucketState InvalidHostHeader "
     "InvalidLocationConstraint InvalidObjectState InvalidPayer InvalidRange InvalidRegion InvalidRequest InvalidStorageClass "
     "InvalidTag InvalidURI MalformedXML MaxMessageLengthExceeded MetadataTooLarge MethodNotAllowed MissingContentLength "
-    "MissingRequestBodyError MissingSecurityHeader NoSuchAccessPoint NotImplemented ObjectLockConfigurationNotFoundError "
+    "InvalidEncryptionAlgorithmError AccountProblem InvalidPolicyDocument MissingRequestBodyError MissingSecurityHeader NoSuchAccessPoint NotImplemented ObjectLockConfigurationNotFoundError "
     "PermanentRedirect PreconditionFailed Redirect RequestHeaderSectionTooLarge TemporaryRedirect TooManyBuckets "
     "UnexpectedContent UnsupportedArgument UnsupportedSignature"
 )
@@ -60,6 +60,7 @@ NO_CREDENTIALS = _words(
     "SSOTokenLoadError UnauthorizedSSOTokenError InvalidConfigError ConfigParseError"
 )
 
+KNOWN = DENIED | GONE | NO_NAME | FULL | BUSY | DAMAGED | REFUSED | {"NoSuchBucket"}
 BROKEN_OFF = _words("ConnectionError HTTPClientError IncompleteReadError ReadTimeoutError ConnectionClosedError")
 BY_CLASS: dict[str, str] = {
     "NotFoundError": "404",
@@ -91,7 +92,8 @@ def verdict(error: Exception, where: str, *, writing: bool) -> OasisError | None
     if isinstance(error, OSError) and not code:
         return _by_errno(error, where, why, writing)
     if roots & LIBRARIES or isinstance(error, OSError):
-        return _by_code(code, where, why, writing)
+        status = _status(error)
+        return _by_code(status if status in ("401", "403", "404") and code not in KNOWN else code, where, why, writing)
     return None
 
 
@@ -101,15 +103,23 @@ def _code(error: Exception) -> str:
     if isinstance(answer, dict) and isinstance(answer.get("Error"), dict):
         return str(answer["Error"].get("Code", "")) or "500"
     text = str(error)
-    found = re.search(r"<Code>(\w+)</Code>", text) or re.search(r"status code: (\d{3})", text)
+    found = re.search(r"<Code>([\w.]+)</Code>", text) or re.search(r"status code: (\d{3})", text)
     if found:
         return found[1]
     names = {kind.__name__ for kind in type(error).__mro__}
     if type(error).__module__.startswith("obstore") and "GenericError" not in names:
-        return BY_CLASS.get(type(error).__name__, type(error).__name__)
+        name = type(error).__name__
+        return BY_CLASS.get(name) or (name if name in NO_NAME else "InvalidRequest")
     if "builder error" in text or ("BotoCoreError" in names and names.isdisjoint(BROKEN_OFF)):
         return "InvalidRequest"
     return ""
+
+
+def _status(error: Exception) -> str:
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict):
+        return str((answer.get("ResponseMetadata") or {}).get("HTTPStatusCode", ""))
+    return BY_CLASS.get(type(error).__name__, "")
 
 
 def _by_code(code: str, where: str, why: str, writing: bool) -> OasisError:
@@ -131,8 +141,7 @@ def _by_code(code: str, where: str, why: str, writing: bool) -> OasisError:
         return StoreUnavailable(
             f"The store of {where} did not answer, or broke off. Try again, and check its endpoint_url. It said: {why}"
         )
-    # A client's own exceptions have names that end so.
-    if code in REFUSED or code.endswith("Error") or re.fullmatch(r"[34]\d\d", code):
+    if code in REFUSED or re.fullmatch(r"[34]\d\d|KMS\..*", code):
         return DatasetError(f"The store refused a request for {where}. Check the URL, endpoint_url and region. It said: {why}")
     return StoreUnavailable(
         f"The store refused a request for {where} with a word that S3 does not have, or that arrived damaged. Try again; check the "

@@ -774,6 +774,23 @@ def test_parts_of_uploads_that_were_broken_off_are_removed(
     assert "Uploads" not in listing(Bucket=bucket)
 
 
+def test_an_upload_that_was_begun_twice_leaves_no_parts_behind(
+    s3_place: Location, publish: Callable[..., Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to the first request was lost, and the client sent it again."""
+    client, (bucket, _, prefix) = objects._client(s3_place, objects.PATIENCE), s3_place.path.partition("/")
+    really_put = objects.Objects._put_parts
+
+    def twice(self: objects.Objects, key: str, *rest: Any) -> None:
+        client.create_multipart_upload(Bucket=bucket, Key=key)
+        assert "Uploads" in client.list_multipart_uploads(Bucket=bucket, Prefix=prefix)
+        really_put(self, key, *rest)
+
+    monkeypatch.setattr(objects.Objects, "_put_parts", twice)
+    publish(s3_place, {"big": b"x" * (9 << 20)})
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=bucket, Prefix=prefix)
+
+
 def test_a_publish_that_is_broken_off_leaves_no_parts_behind_and_raises_what_broke_it_off(
     s3: S3Server, s3_place: Location, publish: Callable[..., Summary], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1172,3 +1172,13 @@ def test_a_step_waits_for_a_server_that_is_away_when_prefect_asks_it_for_a_place
     assert (done.state.is_completed(), getattr(done.result, "code", None)) == (
         (False, "server_denied") if status == 403 else (True, None)
     )
+
+
+def test_a_server_that_does_not_answer_prefects_own_engine_is_said_to_be_away(ran, monkeypatch):
+    """As where it is to take back the place of a task that has ended."""
+
+    def cut(*_, **__):
+        raise httpx.ReadError("cut")
+
+    monkeypatch.setattr("oasis_flows.flows.algorithm_task.prepare_image", cut)
+    assert ran(FakeEngine(count)).result.code == "server_unavailable"

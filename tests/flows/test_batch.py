@@ -9,10 +9,13 @@ import uuid
 from datetime import timedelta
 from pathlib import Path
 
+import httpx
 import pytest
+from prefect import tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun
+from prefect.concurrency.services import ConcurrencySlotAcquisitionWithLeaseService
 from prefect.flow_engine import run_flow
 from prefect.states import Cancelled, Completed, Crashed, Pending, Running, Scheduled
 
@@ -186,6 +189,24 @@ def test_one_dataset_comes_out_whose_manifest_points_into_the_shards(ran, notes)
     ]
     assert all(row["seconds"] > 0 and Path(row["log"]).read_bytes() == b"done\n" for row in table)
     assert "30 files" in done.artifacts["oasis-run"]
+
+
+def test_shards_wait_for_a_server_that_is_away_when_prefect_asks_it_for_their_places(ran, notes, monkeypatch):
+    failures = [httpx.ReadError("cut") for _ in range(3)]
+    acquire = ConcurrencySlotAcquisitionWithLeaseService.acquire
+
+    async def away_at_first(self, *args, **options):
+        if failures:
+            raise failures.pop()
+        return await acquire(self, *args, **options)
+
+    monkeypatch.setattr(ConcurrencySlotAcquisitionWithLeaseService, "acquire", away_at_first)
+    with tags("a"):
+        done = ran(FakeEngine(upper), notes("a", "b"), files_per_shard=1)
+
+    assert failures == []
+    assert done.content == {"a": "A", "b": "B"}
+    assert [row["attempts"] for row in done.lines("shards.jsonl")] == [1, 1]
 
 
 def test_a_shards_container_sees_its_files_alone_and_its_place(ran, notes):

@@ -34,10 +34,12 @@ def _waiting(
     return str(server.api(f"/deployments/{deployment}/create_flow_run", given)["id"])
 
 
-def _called(server: PrefectServer, parameters: dict[str, object], labels: dict[str, object] | None = None) -> str:
+def _called(
+    server: PrefectServer, parameters: dict[str, object], labels: dict[str, object] | None = None, **more: object
+) -> str:
     """A call that has not begun; its id."""
     flow = server.api("/flows/", {"name": "algorithm-task"})["id"]
-    given = {"flow_id": flow, "parameters": parameters, "labels": labels or {}, "state": {"type": "PENDING"}}
+    given = {"flow_id": flow, "parameters": parameters, "labels": labels or {}, "state": {"type": "PENDING"}, **more}
     return str(server.api("/flow_runs/", given)["id"])
 
 
@@ -120,6 +122,14 @@ def test_a_call_that_never_began_is_ended(deployed):
 
     assert _reaped(deployed, run_id) == "CRASHED"
     assert deployed.api(f"/flow_runs/{run_id}")["state"]["message"].startswith(reaper.DIED_AT_ONCE)
+
+
+def test_a_call_out_of_another_flow_may_wait_for_what_it_is_called_with(deployed):
+    caller = _called(deployed, {})
+    place = deployed.api("/task_runs/", {"flow_run_id": caller, "task_key": "algorithm-task", "dynamic_key": "0"})["id"]
+    parameters = {"algorithm": "a", "input_dataset": "b"}
+
+    assert _reaped(deployed, _called(deployed, parameters, parent_task_run_id=place)) == "PENDING"
 
 
 def test_a_run_that_was_paused_is_the_same_attempt(deployed):

@@ -28,6 +28,7 @@ from oasis_flows.errors import (
 from oasis_flows.manifest import Entry
 from oasis_flows.store.journal import Journal
 from oasis_flows.store.transfer import Location, Meter, checkpoint, in_order, pause, translated, wait
+from oasis_flows.store.verdicts import BY_CLASS
 
 SECRET = "a-very-secret-value"
 
@@ -180,6 +181,8 @@ def test_no_exception_of_botocore_escapes(kind: type[Exception]) -> None:
         ("QuotaExceeded", StoreFull),
         ("PermanentRedirect", DatasetError),
         ("NoRuchKey", StoreUnavailable),
+        ("JnternalError", StoreUnavailable),
+        ("KMS.DisabledException", DatasetError),
     ],
 )
 def test_each_code_of_s3_has_its_remedy(code: str, expected: type[OasisError]) -> None:
@@ -188,6 +191,16 @@ def test_each_code_of_s3_has_its_remedy(code: str, expected: type[OasisError]) -
     with pytest.raises(expected), translated("s3://bucket/a.txt"):
         raise obstore.exceptions.GenericError(f"status code: 400: <Error><Code>{code}</Code><Message>because</Message></Error>")
     assert caught.value.transient == (expected is StoreUnavailable)
+
+
+@pytest.mark.parametrize(("status", "expected"), [(404, DatasetNotFound), (401, StoreDenied), (403, StoreDenied)])
+def test_a_code_that_is_not_known_means_what_its_status_means(status: int, expected: type[OasisError]) -> None:
+    answer = {"Error": {"Code": "Uncommon"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with pytest.raises(expected), translated("s3://bucket/a.txt"):
+        raise botocore.exceptions.ClientError(answer, "GetObject")
+    name = next(name for name, code in BY_CLASS.items() if code == str(status))
+    with pytest.raises(expected), translated("s3://bucket/a.txt"):
+        raise getattr(obstore.exceptions, name)("<Error><Code>Uncommon</Code></Error>")
 
 
 @pytest.mark.parametrize(
