@@ -43,6 +43,32 @@ _WHOLE_LINE = 1 << 62
 _TOO_FAST = "the algorithm wrote faster than its node reads, and the node throws away what it has turned over twice"
 
 
+class _Stamps:
+    """The times of the lines of this second and of the one before, for two streams may be a little out of order. There may be a million in a second.
+
+    `second` is the newest, `last` the time of the last line; both are empty before the first.
+    """
+
+    def __init__(self) -> None:
+        self.second, self.last = b"", b""
+        # Without what all of a second have in common, but for one that came late.
+        self._now, self._before = bytearray(), (b"", bytearray())
+
+    def add(self, stamp: bytes, second: bytes) -> None:
+        if second > self.second:
+            self._before, self._now = (self.second, self._now), bytearray()
+            self.second = second
+        self._now += stamp[len(second) :] if second == self.second else stamp
+        self.last = stamp
+
+    def counted(self) -> Counter[bytes]:
+        """How often each time came."""
+        found = Counter[bytes]()
+        for second, stamps in (self._before, (self.second, self._now)):
+            found.update((b"" if each[:1].isdigit() else second) + each + b" " for each in stamps.split())
+        return found
+
+
 class Stamped:
     """Takes timestamps off a log, and passes over what was delivered before the connection broke.
 
@@ -59,8 +85,8 @@ class Stamped:
         self._resumed, self._is_first, self._is_same_file = 0.0, False, False
         self._second_began, self._most_in_a_second = 0, 0
         self._buffer, self._in_line = b"", False
-        # The times of all lines since the beginning of the second before the last one, and how much of the last is delivered.
-        self._second, self._zone, self._stamps = b"", b"Z", deque[bytes]()
+        # The last line's second and zone, and how much of that line is delivered.
+        self._zone, self._stamps = b"Z", _Stamps()
         self._last_bytes, self._in_last = 0, False
         self._known: Counter[bytes] = Counter()
         self._skip = 0
@@ -68,16 +94,16 @@ class Stamped:
     @property
     def since(self) -> str | None:
         """From where to ask again, a second before that of the last line."""
-        if not self._second:
+        if not self._stamps.last:
             return None
-        last = datetime.fromisoformat((self._second + self._zone).decode())
+        last = datetime.fromisoformat((self._stamps.second + self._zone).decode())
         return (last.astimezone(UTC) - timedelta(seconds=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def resume(self) -> None:
         """From now on the log comes again, from `since` on."""
-        self._known = Counter(self._stamps)
+        self._known = self._stamps.counted()
         self._buffer, self._in_line, self._skip = b"", False, 0
-        self._resumed, self._is_first, self._is_same_file = time.time(), bool(self._stamps), False
+        self._resumed, self._is_first, self._is_same_file = time.time(), bool(self._stamps.last), False
 
     def feed(self, data: bytes) -> bytes:
         """What of the log is new in these bytes."""
@@ -111,7 +137,7 @@ class Stamped:
         self._buffer = buffer[at:]
         if fresh:
             self.taken_bytes, self._took_last = self.taken_bytes + len(data), time.time()
-            self._behind_seconds = self._took_last - _moment(self._stamps[-1])
+            self._behind_seconds = self._took_last - _moment(self._stamps.last)
         return b"".join(fresh)
 
     def close(self) -> None:
@@ -126,28 +152,24 @@ class Stamped:
     @property
     def last(self) -> bytes | None:
         """The time of the last line, as it was told."""
-        return self._stamps[-1] if self._stamps else None
+        return self._stamps.last or None
 
     def _begin(self, found: re.Match[bytes]) -> None:
         stamp, second, self._zone = found[0], found[1], found[2]
         if self._known.get(stamp):
             self._known[stamp] -= 1
             # The last line may have been delivered in part; every other one was, to its end.
-            self._in_last = stamp == self._stamps[-1] and not self._known[stamp]
+            self._in_last = stamp == self._stamps.last and not self._known[stamp]
             self._is_same_file = self._is_same_file or self._in_last
             self._skip = self._last_bytes if self._in_last else _WHOLE_LINE
             return
-        if second > self._second:
+        if second > self._stamps.second:
             self._most_in_a_second = max(self._most_in_a_second, self.taken_bytes - self._second_began)
             self._second_began = self.taken_bytes
-            if self._stamps:
-                self._note_gap(_moment(self._stamps[-1]), _moment(stamp))
-            # Two streams may be a little out of order, so what came in the second before is remembered, too.
-            while self._stamps and self._stamps[0][:19] < self._second:
-                self._stamps.popleft()
-            self._second = second
+            if self._stamps.last:
+                self._note_gap(_moment(self._stamps.last), _moment(stamp))
         self._is_first = False
-        self._stamps.append(stamp)
+        self._stamps.add(stamp, second)
         self._skip, self._last_bytes, self._in_last = 0, 0, True
 
     def _note_gap(self, before: float, after: float) -> None:
