@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 18
 _HEAD_BYTES = 1024
-_IN_MEMORY = 16 << 20
+_IN_MEMORY = 4 << 20
 _STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.\d+)?(Z|[+-]\d\d:\d\d) ")
 _LONGEST_STAMP = 40
 # Kubelet turns a file over when it is larger than 10 MiB. It looks every ten seconds, but while it packs other files it is late, and
@@ -192,7 +192,7 @@ def _moment(stamp: bytes) -> float:
 
 
 class Spool:
-    """Bytes between one who must not wait and one who may: the first 16 MiB in memory, more in a file. Order is kept."""
+    """Bytes between one who must not wait and one who may: the first 4 MiB in memory, more in a file. Order is kept."""
 
     def __init__(self) -> None:
         self._ready = threading.Condition()
