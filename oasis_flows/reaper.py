@@ -36,6 +36,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType, Worker, Wo
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Cancelling, Crashed
 
 from . import caches, documents, lease, store, workspace
@@ -384,6 +385,10 @@ def _leaving(settings: Settings) -> Callable[[Workspace], bool]:
     away = set[object]()
 
     def leave(place: Workspace) -> bool:
+        with _in_haste():
+            return leave_hastily(place)
+
+    def leave_hastily(place: Workspace) -> bool:
         _drop_fetched(settings, place)
         if not _is_run_id(place.run_id):
             return True
@@ -409,6 +414,13 @@ def _leaving(settings: Settings) -> Callable[[Workspace], bool]:
         return True
 
     return leave
+
+
+@contextmanager
+def _in_haste() -> Iterator[None]:
+    """Let the Prefect server be asked once, and not for long: a retry of the run waits for its lease meanwhile, and not for long either."""
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: 2.0}):
+        yield
 
 
 def _drop_fetched(settings: Settings, place: Workspace) -> None:

@@ -1,14 +1,18 @@
 """What `reap` tells Prefect of runs that nobody works on."""
 
+import contextlib
 import dataclasses
 import shutil
+import socket
+import time
 import uuid
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed, Running
 
-from oasis_flows import lifecycle, reaper, settings, workspace
+from oasis_flows import lease, lifecycle, reaper, settings, workspace
 from oasis_flows.__main__ import main
 from oasis_flows.errors import StoreUnavailable
 from oasis_flows.flows.algorithm_task import algorithm_task
@@ -213,6 +217,20 @@ def test_a_dead_runs_store_that_is_away_is_asked_again_before_its_folder_goes(pr
     # As long as it is young again, nobody asks.
     sweep(settings.current())
     assert len(asked) == 3
+
+
+def test_who_retries_a_run_waits_for_no_server_that_is_asked_about_it(prefect_server, asked):
+    run_id = _left(prefect_server, "s3://there/1")
+    place = workspace.Workspace(settings.current().workspaces / run_id)
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as deaf:
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/api"
+        with temporary_settings({PREFECT_API_URL: url}):
+            began = time.monotonic()
+            assert not place.remove_abandoned(0, reaper._leaving(settings.current()))
+            assert time.monotonic() - began < lease.PATIENCE_SECONDS - 3
+    assert place.path.exists()
+    assert place.remove_abandoned(0, reaper._leaving(settings.current()))
+    assert asked == ["s3://there/1"]
 
 
 def test_no_store_is_asked_to_forget_what_an_attempt_elsewhere_is_sending(prefect_server, asked):
