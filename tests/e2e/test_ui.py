@@ -32,7 +32,8 @@ FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
 # A busy machine with two processors takes its time.
-expect.set_options(timeout=60_000)
+# A minute is how long Prefect has its SQLite wait for a lock.
+expect.set_options(timeout=90_000)
 PICTURES = Path(__file__).parents[2] / "test-results"
 
 
@@ -53,7 +54,7 @@ def page(chromium: Browser, deployed: PrefectServer, request: pytest.FixtureRequ
     name = request.node.name.removeprefix("test_")
     PICTURES.mkdir(exist_ok=True)
     context: BrowserContext = chromium.new_context(base_url=deployed.url, viewport={"width": 1280, "height": 1200})
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(90_000)
 
     def only_the_server(route: Route) -> None:
         # Block logos and the UI's statistics live elsewhere: a machine without internet has to do without, and so have we.

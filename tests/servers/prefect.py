@@ -70,14 +70,17 @@ class PrefectServer:
         return done
 
     def api(self, path: str, body: object = None) -> Any:
-        """Ask the server's REST API; again where its SQLite was locked just then (503), as Prefect's own client does."""
+        """Ask the server's REST API; again where its SQLite was locked just then (503), as Prefect's own client does.
+
+        Now and then two of its own transactions wait for each other, for a minute; then nobody is answered.
+        """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/api{path}", data, {"Content-Type": "application/json"})
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while True:
             try:
-                with direct.open(request, timeout=30) as answer:
+                with direct.open(request, timeout=90) as answer:
                     return json.loads(answer.read() or "null")
             except urllib.error.HTTPError as error:
                 if error.code != 503 or time.monotonic() > deadline:
