@@ -397,10 +397,10 @@ def hostile(under: Under, make_job: Callable[..., ContainerJob], disk: Path) -> 
 
 
 def most_processes(cluster: clusters.TestCluster) -> int:
-    """How many processes the cluster's node lets a pod have; -1: any number."""
-    (node,) = cluster.api.call("GET", "/api/v1/nodes")["items"]
-    told = cluster.api.call("GET", f"/api/v1/nodes/{node['metadata']['name']}/proxy/configz")
-    return int(told["kubeletconfig"]["podPidsLimit"])
+    """How many processes the cluster's nodes let a pod have, at most; -1: any number."""
+    names = [node["metadata"]["name"] for node in cluster.api.call("GET", "/api/v1/nodes")["items"]]
+    told = [cluster.api.call("GET", f"/api/v1/nodes/{name}/proxy/configz")["kubeletconfig"] for name in names]
+    return max((int(each["podPidsLimit"]) for each in told), key=lambda most: (most < 0, most))
 
 
 Hostile = Callable[..., tuple[ContainerExit, Log, float]]
@@ -414,8 +414,10 @@ class TestBombs:
             assert 0 < most_processes(under.cluster) <= 1024, "set podPidsLimit in the configuration of the node's kubelet"
         script = "bomb() { bomb | bomb & }; bomb; sleep 1; ls /proc | grep -c '^[0-9]'; echo survived"
         ended, log, _ = hostile(script, timeout_seconds=5)
-        assert ended.reason in (Reason.EXIT_NONZERO, Reason.TIMED_OUT, Reason.OK)
-        assert b"fork" in b"".join(data for _, data in log.pieces)
+        # Where a pod may have a thousand processes, these may need more memory than it has, before they are too many.
+        if not under.cluster or ended.reason is not Reason.OUT_OF_MEMORY:
+            assert ended.reason in (Reason.EXIT_NONZERO, Reason.TIMED_OUT, Reason.OK)
+            assert b"fork" in b"".join(data for _, data in log.pieces)
         assert ended.in_force["pids"] == (None if under.cluster else 64)
 
     @pytest.mark.parametrize("where", ["its memory", "/tmp", "/dev/shm"])
