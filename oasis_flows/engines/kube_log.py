@@ -85,7 +85,7 @@ class Stamped:
         self._resumed, self._is_first, self._is_same_file = 0.0, False, False
         self._second_began, self._most_in_a_second = 0, 0
         self._buffer, self._in_line = b"", False
-        # The last line's second and zone, and how much of that line is delivered.
+        # The zone of the last line, the times of lines that may come again, and how much of the last one is delivered.
         self._zone, self._stamps = b"Z", _Stamps()
         self._last_bytes, self._in_last = 0, False
         self._known: Counter[bytes] = Counter()

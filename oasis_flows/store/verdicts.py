@@ -47,11 +47,12 @@ BUSY = _words(
 DAMAGED = _words("BadDigest IncompleteBody InvalidDigest InvalidPart InvalidPartOrder NoSuchUpload XAmzContentSHA256Mismatch")
 # Of https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html, what says that the request is wrong for good.
 REFUSED = _words(
-    "AccessPointAlreadyOwnedByYou BucketAlreadyExists BucketAlreadyOwnedByYou BucketNotEmpty EntityTooLarge EntityTooSmall "
-    "IllegalLocationConstraintException InvalidAccessPoint InvalidArgument InvalidBucketName InvalidBucketState InvalidHostHeader "
-    "InvalidLocationConstraint InvalidObjectState InvalidPayer InvalidRange InvalidRegion InvalidRequest InvalidStorageClass "
-    "InvalidTag InvalidURI MalformedXML MaxMessageLengthExceeded MetadataTooLarge MethodNotAllowed MissingContentLength "
-    "InvalidEncryptionAlgorithmError AccountProblem InvalidPolicyDocument MissingRequestBodyError MissingSecurityHeader NoSuchAccessPoint NotImplemented ObjectLockConfigurationNotFoundError "
+    "AccessPointAlreadyOwnedByYou AccountProblem BucketAlreadyExists BucketAlreadyOwnedByYou BucketNotEmpty EntityTooLarge "
+    "EntityTooSmall IllegalLocationConstraintException InvalidAccessPoint InvalidArgument InvalidBucketName "
+    "InvalidBucketState InvalidEncryptionAlgorithmError InvalidHostHeader InvalidLocationConstraint InvalidObjectState "
+    "InvalidPayer InvalidPolicyDocument InvalidRange InvalidRegion InvalidRequest InvalidStorageClass InvalidTag "
+    "InvalidURI MalformedXML MaxMessageLengthExceeded MetadataTooLarge MethodNotAllowed MissingContentLength "
+    "MissingRequestBodyError MissingSecurityHeader NoSuchAccessPoint NotImplemented ObjectLockConfigurationNotFoundError "
     "PermanentRedirect PreconditionFailed Redirect RequestHeaderSectionTooLarge TemporaryRedirect TooManyBuckets "
     "UnexpectedContent UnsupportedArgument UnsupportedSignature"
 )

@@ -18,7 +18,6 @@ from prefect import tags
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
-from prefect.concurrency.services import ConcurrencySlotAcquisitionWithLeaseService
 from prefect.exceptions import TerminationSignal
 from prefect.flow_engine import run_flow
 from prefect.states import Scheduled
@@ -46,6 +45,7 @@ from oasis_flows.machine import stand_in
 from oasis_flows.testing import FakeEngine, host_path
 from oasis_flows.workspace import Workspace
 from tests.servers.engine import eventually
+from tests.servers.prefect import refuse_places
 
 IMAGE = DockerImage(image_id="counter:1")
 SECRET = "tr0ub4dor&3 «hush»"
@@ -1157,14 +1157,7 @@ def test_a_step_waits_for_a_server_that_is_away_when_prefect_asks_it_for_a_place
     request = httpx.Request("POST", "http://127.0.0.1/increment")
     refused = httpx.HTTPStatusError("no", request=request, response=httpx.Response(status or 503, request=request))
     failures = [httpx.ReadError("cut", request=request) if status is None else refused]
-    acquire = ConcurrencySlotAcquisitionWithLeaseService.acquire
-
-    async def away_at_first(self, *args, **options):
-        if failures:
-            raise failures.pop()
-        return await acquire(self, *args, **options)
-
-    monkeypatch.setattr(ConcurrencySlotAcquisitionWithLeaseService, "acquire", away_at_first)
+    refuse_places(monkeypatch, failures)
     with tags("a"):
         done = ran(FakeEngine(count))
 

@@ -15,7 +15,6 @@ from prefect import tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun
-from prefect.concurrency.services import ConcurrencySlotAcquisitionWithLeaseService
 from prefect.flow_engine import run_flow
 from prefect.states import Cancelled, Completed, Crashed, Pending, Running, Scheduled
 
@@ -51,6 +50,7 @@ from oasis_flows.store import Notes
 from oasis_flows.testing import FakeEngine, host_path
 from oasis_flows.work_pool import _never_begins, _waited_for
 from oasis_flows.workspace import open_workspace
+from tests.servers.prefect import refuse_places
 
 IMAGE = DockerImage(image_id="upper:1")
 
@@ -193,14 +193,7 @@ def test_one_dataset_comes_out_whose_manifest_points_into_the_shards(ran, notes)
 
 def test_shards_wait_for_a_server_that_is_away_when_prefect_asks_it_for_their_places(ran, notes, monkeypatch):
     failures = [httpx.ReadError("cut") for _ in range(3)]
-    acquire = ConcurrencySlotAcquisitionWithLeaseService.acquire
-
-    async def away_at_first(self, *args, **options):
-        if failures:
-            raise failures.pop()
-        return await acquire(self, *args, **options)
-
-    monkeypatch.setattr(ConcurrencySlotAcquisitionWithLeaseService, "acquire", away_at_first)
+    refuse_places(monkeypatch, failures)
     with tags("a"):
         done = ran(FakeEngine(upper), notes("a", "b"), files_per_shard=1)
 

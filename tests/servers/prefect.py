@@ -227,3 +227,17 @@ def worker(deployed: PrefectServer, tmp_path_factory: pytest.TempPathFactory) ->
     """The worker of most tests."""
     with worker_process(deployed, tmp_path_factory.mktemp("worker") / "tests.log") as process:
         yield process
+
+
+def refuse_places(monkeypatch: pytest.MonkeyPatch, failures: list[Exception]) -> None:
+    """Answer with these, the last one first, and then as ever, where Prefect's engine asks whether the limits of a task's tags leave room."""
+    from prefect.concurrency.services import ConcurrencySlotAcquisitionWithLeaseService
+
+    acquire = ConcurrencySlotAcquisitionWithLeaseService.acquire
+
+    async def away_at_first(self: Any, *args: Any, **options: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return await acquire(self, *args, **options)
+
+    monkeypatch.setattr(ConcurrencySlotAcquisitionWithLeaseService, "acquire", away_at_first)
