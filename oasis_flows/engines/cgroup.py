@@ -51,16 +51,25 @@ class Cgroup:
         )
 
     def _number(self, name: str, key: str = "") -> int | None:
-        """A file's only number, or that on the line of `key`."""
-        with suppress(OSError, ValueError, KeyError):
-            text = self._files[name].read_text()
-            if not key:
-                return int(text)
-            for line in text.splitlines():
-                found, _, number = line.partition(" ")
-                if found == key:
-                    return int(number)
-        return None
+        return _number(self._files[name], key) if name in self._files else None
+
+
+def kills_for_memory(root: Path = Path("/")) -> int | None:
+    """How many processes this machine's kernel has killed for want of memory, in all containers and outside them."""
+    return _number(root / "proc/vmstat", "oom_kill")
+
+
+def _number(file: Path, key: str) -> int | None:
+    """A file's only number, or that on the line of `key`."""
+    with suppress(OSError, ValueError):
+        text = file.read_text()
+        if not key:
+            return int(text)
+        for line in text.splitlines():
+            found, _, number = line.partition(" ")
+            if found == key:
+                return int(number)
+    return None
 
 
 def find_cgroup(pid: int, container_id: str, root: Path = Path("/")) -> Cgroup | None:

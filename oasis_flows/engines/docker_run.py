@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from .. import interruption, lease
@@ -60,7 +61,7 @@ def find_container(api: Any, job: ContainerJob) -> Container | None:
             state = seen["State"]
             same = seen["Config"]["Labels"].get(spec.JOB) == spec.job_digest(job)
             told = state["Status"] == "exited" and (state.get("OOMKilled") or state["ExitCode"] not in (137, 143, 255))
-            told = told and _saw(api, row["Id"], "die", state.get("FinishedAt", ""), info)
+            told = told and _saw(api, row["Id"], "die", info)
             if found is None and same and (told or state["Status"] == "running"):
                 found = Container(row["Id"], state, spec.in_force(seen, info))
                 continue
@@ -68,20 +69,23 @@ def find_container(api: Any, job: ContainerJob) -> Container | None:
     return found
 
 
-def _saw(api: Any, container: str, event: str, at: str, info: Mapping[str, Any]) -> bool:
+def _saw(api: Any, container: str, event: str, info: Mapping[str, Any]) -> bool:
     """Was the engine there, and not on its way out, when the container began (`start`) or ended (`die`)? One that was not has no event of it.
 
     A program may end with 0 on the SIGTERM that the engine sends to all containers when it is stopped, half-way through its work.
     An engine remembers the last 256 events of all containers, none from before it began. Podman's containers outlive its service.
+
+    Raises:
+        EngineError: it does not answer.
     """
-    if spec.is_podman(info):
-        return True
-    moment = parse_time(at)
-    wanted = {"container": [container], "event": [event]}
-    # Until a little later than that, by the engine's clock: an event that is there already comes at once.
-    until = int(moment.timestamp()) + 4 if moment else 2
     with translated("asking for the events of a container"):
-        events = api.events(since=1, until=until, filters=wanted, decode=True)
+        answer = api.get(f"{api.base_url}/_ping", timeout=api.timeout)
+        if spec.is_podman(info):
+            return True
+        # Until a little later than now, by the engine's clock: an event that is there already comes at once, and one of an end
+        # comes seconds behind that end where the machine is busy.
+        until = int(parsedate_to_datetime(answer.headers["Date"]).timestamp()) + 4
+        events = api.events(since=1, until=until, filters={"container": [container], "event": [event]}, decode=True)
         try:
             return next(iter(events), None) is not None
         finally:
@@ -187,7 +191,7 @@ class Supervision:
             # Podman looks for the container's user now, and not when it makes or starts it.
             return self._not_started(error)
         pump = Pump(self._api, self._container.id, self._delivery, attached, self._patience)
-        quota = Watch(self._job)
+        quota, watch = Watch(self._job), UsageWatch(self._api, self._container.id)
         try:
             if self._container.fresh:
                 try:
@@ -196,7 +200,7 @@ class Supervision:
                     return self._not_started(error)
             pump.start()
             with quota:
-                return self._watch(pump, quota)
+                return self._watch(pump, quota, watch)
         finally:
             if pump.ident is not None and not pump.done.is_set():
                 self._stop(pump)
@@ -216,9 +220,9 @@ class Supervision:
         attached.settimeout(None)
         return attached
 
-    def _watch(self, pump: Pump, quota: Watch) -> ContainerExit:
+    def _watch(self, pump: Pump, quota: Watch, watch: UsageWatch) -> ContainerExit:
         state = self._api.inspect_container(self._container.id)["State"]
-        watch = UsageWatch(self._api, self._container.id, state)
+        watch.begin(state)
         clock = _Clock(self._job, state)
         pause, renewed = 0.02, 0.0
         while not pump.done.is_set():
@@ -240,7 +244,7 @@ class Supervision:
                 self._kill(signal_name)
         if pump.failure is None and not self._stopped_at_timeout:
             self._note_passed(quota.at_end())
-        return self._verdict(pump, watch.result())
+        return self._verdict(pump, watch)
 
     def _note_passed(self, output: Passed | None) -> bool:
         """Was a limit of log or output passed that had not been yet? The first one counts."""
@@ -250,17 +254,21 @@ class Supervision:
         self._passed = self._passed or output
         return first and self._passed is not None
 
-    def _verdict(self, pump: Pump, usage: Usage) -> ContainerExit:
+    def _verdict(self, pump: Pump, watch: UsageWatch) -> ContainerExit:
+        usage = watch.result()
         if pump.failure is not None:
             raise pump.failure
-        state = self._with_late_news(pump.state, usage)
-        died = state["ExitCode"] in (137, 143, 255) and not state.get("OOMKilled")
         ours = self._stopped_at_timeout or self._passed is not None
-        if not ours and ((pump.outages and died) or not self._engine_listens() or not self._saw_the_end(state)):
+        killed = pump.state["ExitCode"] == 137 and not ours
+        state = self._with_late_news(pump.state, usage, killed)
+        died = state["ExitCode"] in (137, 143, 255) and not state.get("OOMKilled")
+        if not ours and ((pump.outages and died) or not self._saw_the_end()):
             raise ContainerLost(
                 f"The engine went away while {spec.container_name(self._job)} ran, and stopped it (exit code "
                 f"{state['ExitCode']}). Run it again. {state.get('Error', '')}".strip()
             )
+        if killed:
+            usage.killed_for_memory |= watch.killed_unseen()
         evidence = Evidence(
             state=state,
             in_force=self._container.in_force,
@@ -274,9 +282,9 @@ class Supervision:
         )
         return container_exit(self._job, evidence)
 
-    def _with_late_news(self, state: Mapping[str, Any], usage: Usage) -> Mapping[str, Any]:
-        """The state, waited for a little where memory ran out and the engine may only learn of a kill now."""
-        near = (usage.memory_peak_bytes or 0) >= 0.9 * self._job.resources.memory_bytes
+    def _with_late_news(self, state: Mapping[str, Any], usage: Usage, killed: bool) -> Mapping[str, Any]:
+        """The state, waited for a little where memory may have run out and the engine may only learn of a kill now."""
+        near = killed or (usage.memory_peak_bytes or 0) >= 0.9 * self._job.resources.memory_bytes
         until = time.monotonic() + 0.5
         while near and not usage.killed_for_memory and not state.get("OOMKilled") and time.monotonic() < until:
             time.sleep(0.05)
@@ -287,23 +295,15 @@ class Supervision:
                 break
         return state
 
-    def _engine_listens(self) -> bool:
-        """Does the engine take new connections?
+    def _saw_the_end(self) -> bool:
+        """Did the engine see the container end, and does it take new connections?
 
         One that is told to stop refuses them first, then stops its containers, and still answers on old connections
         how they ended: an end that is then no word of the algorithm.
         """
         self._api.close()
         try:
-            with translated("asking whether it is there"):
-                self._api.ping()
-        except EngineError:
-            return False
-        return True
-
-    def _saw_the_end(self, state: Mapping[str, Any]) -> bool:
-        try:
-            return _saw(self._api, self._container.id, "die", state.get("FinishedAt", ""), self._info)
+            return _saw(self._api, self._container.id, "die", self._info)
         except EngineError:
             return False
 
@@ -312,7 +312,7 @@ class Supervision:
         if not pump.read_back:
             return ""
         try:
-            if _saw(self._api, self._container.id, "start", pump.state.get("StartedAt", ""), self._info):
+            if _saw(self._api, self._container.id, "start", self._info):
                 return ""
         except EngineError as error:
             logger.debug("Whether it is the same engine could not be asked: %s", error)

@@ -10,33 +10,52 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..errors import EngineError
-from .cgroup import find_cgroup
+from .cgroup import Cgroup, find_cgroup, kills_for_memory
 from .docker_errors import translated
 from .docker_verdict import parse_time
 from .usage import Reading, Usage
 
 
 class UsageWatch:
-    """Follows one container from the moment of its making on; `sample` never waits for the engine.
+    """Follows one container, and is made before its start; `sample` never waits for the engine.
 
     Reading the cgroup costs a third of a millisecond. Asking the engine takes up to a second, so a thread does it.
     """
 
-    def __init__(self, api: Any, container_id: str, state: Mapping[str, Any]) -> None:
+    def __init__(self, api: Any, container_id: str) -> None:
         self._api, self._id = api, container_id
+        self._cgroup: Cgroup | None = None
+        self._kills = kills_for_memory()
+        self._zero = time.monotonic()
+        self._over = threading.Event()
+        self._usage = Usage()
+
+    def begin(self, state: Mapping[str, Any]) -> None:
+        """Follow the container, which was started, by its state."""
         started = parse_time(state.get("StartedAt", ""))
         passed = (datetime.now(UTC) - started).total_seconds() if started else 0.0
         self._zero = time.monotonic() - max(passed, 0.0)
-        self._cgroup = find_cgroup(state.get("Pid") or 0, container_id)
-        self._over = threading.Event()
-        self._usage = Usage()
+        self._cgroup = find_cgroup(state.get("Pid") or 0, self._id)
         if self._cgroup is None and state.get("Running"):
-            threading.Thread(target=self._ask, name=f"oasis-usage-{container_id[:12]}", daemon=True).start()
+            self._kills = None
+            threading.Thread(target=self._ask, name=f"oasis-usage-{self._id[:12]}", daemon=True).start()
 
     def sample(self) -> None:
         """Take a reading of the cgroup."""
         if self._cgroup is not None:
-            self._take(self._cgroup.read())
+            kills, reading = kills_for_memory(), self._cgroup.read()
+            if reading.memory_bytes is not None:
+                self._kills = kills
+            self._take(reading)
+
+    def killed_unseen(self) -> bool:
+        """Has the kernel killed a process of this machine for memory since the last reading, or since the start of what ended unread?
+
+        Of a container that dies soon after its start, containerd may not hear it: it asks to be told once the container runs
+        (https://github.com/containerd/containerd/issues/8180).
+        """
+        kills = kills_for_memory()
+        return self._kills is not None and kills is not None and kills > self._kills
 
     def _take(self, reading: Reading) -> None:
         self._usage.add(time.monotonic() - self._zero, reading)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import re
 import signal
 import socket
@@ -161,7 +162,8 @@ class TestDeaths:
     @pytest.mark.parametrize("code", [0, 3])
     def test_out_of_memory_in_a_child(self, sh: Sh, code: int) -> None:
         # The kernel may choose more than one process; these come before the shell that is to survive.
-        child = "(echo 1000 > /proc/self/oom_score_adj; x=$(yes | head -c 60000000))"
+        # In a container's first moments containerd may not hear of it (see `UsageWatch.killed_unseen`).
+        child = "sleep 0.3; (echo 1000 > /proc/self/oom_score_adj; x=$(yes | head -c 60000000))"
         ended, _ = sh(f"{child}; exit {code}", resources=Resources(memory_bytes=16 * MIB))
         assert (ended.reason, ended.exit_code) == (Reason.OUT_OF_MEMORY, code)
 
@@ -603,6 +605,19 @@ class TestEngineGoesAway:
         assert (ended.reason, ended.exit_code, ended.log_lost) == (Reason.EXIT_NONZERO, 4, "")
         assert log.text("stdout") == COUNTED
         assert log.text("stderr") == COUNTED_ERRORS
+
+    def test_an_end_that_a_busy_engine_sees_late_is_one(self, make_job: Make, tmp_path: Path) -> None:
+        with private_engine() as private:
+            private.load(docker_archive(tmp_path / "image.tar", TinyImage(tags=("t:1",))))
+            assert private.process
+            number = private.process.pid
+            pause = threading.Timer(
+                1.0, lambda: (os.kill(number, signal.SIGSTOP), time.sleep(7), os.kill(number, signal.SIGCONT))
+            )
+            pause.start()
+            ended = DockerEngine(private.connect).run(make_job("sh", "-c", "sleep 2; exit 4", image="t:1"), Log())
+            pause.join()
+            assert (ended.reason, ended.exit_code) == (Reason.EXIT_NONZERO, 4)
 
     def test_engine_killed_and_started_again(self, make_job: Make, tmp_path: Path) -> None:
         with private_engine("--live-restore") as private:

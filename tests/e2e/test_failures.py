@@ -377,7 +377,7 @@ SITUATIONS = {
     "segfault": shell("segfault", "algorithm", "crashed with a segmentation fault", "error in its program", "kill -SEGV $$"),
     "abort": shell("aborted", "algorithm", "aborted itself", "last words", "kill -ABRT $$"),
     "out of memory": shell("out_of_memory", "description", "was killed for memory", "Raise `memory`", EAT, memory="16MiB"),
-    "out of memory in a child": shell("out_of_memory", "description", "exit code 3", "Raise `memory`", f"({EAT}); exit 3", memory="16MiB"),
+    "out of memory in a child": shell("out_of_memory", "description", "exit code 3", "Raise `memory`", f"sleep 0.3; ({EAT}); exit 3", memory="16MiB"),
     "timeout": shell("timed_out", "description", "its time limit of 1 s", "Raise `timeout_seconds`", "sleep 60", timeout_seconds=1),
     "SIGTERM ignored": shell("timed_out", "description", "its time limit of 1 s", "Raise `timeout_seconds`", "trap '' TERM; while :; do sleep 1; done", timeout_seconds=1),
     "disk full in output": Situation("disk_full", "run_container", "platform", "No space left on device", "Free space", 3, script="head -c 20000000 /dev/zero > output/x", make=small_disk),

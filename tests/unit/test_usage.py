@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from oasis_flows.engines.cgroup import Cgroup, find_cgroup
+from oasis_flows.engines import docker_usage
+from oasis_flows.engines.cgroup import Cgroup, find_cgroup, kills_for_memory
 from oasis_flows.engines.docker_usage import reading_of
 from oasis_flows.engines.usage import MOST_SAMPLES, Reading, Usage
 
@@ -94,6 +95,45 @@ def test_a_container_that_has_ended_leaves_what_was_read_before(tmp_path: Path) 
 def test_only_the_containers_own_cgroup_is_taken(tmp_path: Path, lines: str) -> None:
     assert find_cgroup(7, ID, machine(tmp_path, lines, V1_FILES)) is None
     assert find_cgroup(8, ID, tmp_path) is None
+
+
+def test_the_kernels_count_of_kills(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/vmstat").write_text("drop_slab 0\noom_kill 12\noom_kills 3\n")
+    assert kills_for_memory(tmp_path) == 12
+    assert kills_for_memory(tmp_path / "nowhere") is None
+    assert (kills_for_memory() or 0) >= 0
+
+
+def test_a_kill_for_memory_that_nobody_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([3, 4, 4, 5, 5])
+    found = cgroup(tmp_path, V1_LINES, V1_FILES)
+    monkeypatch.setattr(docker_usage, "kills_for_memory", lambda: next(counts))
+    monkeypatch.setattr(docker_usage, "find_cgroup", lambda *_: found)
+    watch = docker_usage.UsageWatch(None, ID)
+    assert watch.killed_unseen(), "before it was ever read"
+    watch.begin({"Pid": 7, "Running": True})
+    watch.sample()
+    for file in tmp_path.rglob("memory.*"):
+        file.unlink()
+    watch.sample()
+    assert watch.killed_unseen(), "after its last reading"
+
+
+def test_the_machines_kills_are_no_word_on_a_container_that_was_read_since_or_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = cgroup(tmp_path, V1_LINES, V1_FILES)
+    kills = [3]
+    monkeypatch.setattr(docker_usage, "kills_for_memory", lambda: kills[0])
+    for seen in (found, None):
+        monkeypatch.setattr(docker_usage, "find_cgroup", lambda *_, seen=seen: seen)
+        watch = docker_usage.UsageWatch(None, ID)
+        watch.begin({"Pid": 7, "Running": True})
+        kills[0] += 1
+        watch.sample()
+        watch.result()
+        assert not watch.killed_unseen()
 
 
 # Docker 20.10 on cgroup v1, shortened; then the same of cgroup v2, which keeps other words and no maximum.
