@@ -11,8 +11,8 @@ from typing import Any
 
 from . import answer as answers, log, protocol
 from .answer import MAX_RESPONSE_BYTES, RESPONSE_FILE, Question
-from .errors import OasisError, ProtocolError
-from .job import Reason, Stream
+from .errors import ContainerLost, OasisError, ProtocolError
+from .job import ContainerExit, Reason, Stream
 from .lineage import Content, Envelope
 from .machine import image_engine
 from .protocol import Description, Generation
@@ -164,6 +164,7 @@ def _asked(
 
     Raises:
         ProtocolError: it is none, or did not come in time.
+        ContainerLost: the engine may have lost it.
     """
     engine, stdout = image_engine(settings), Stdout()
     workspace.fresh_notes()
@@ -182,7 +183,7 @@ def _asked(
                 f"The train did not answer `{' '.join(argv)}`: {exit.reason.value}. Correct the train. {' | '.join(sink.last_words())}"
             )
         try:
-            return answer_of(stdout, workspace, question)
+            return answer_of(stdout, workspace, question, exit)
         except ProtocolError as error:
             if exit.reason is Reason.OK:
                 raise
@@ -195,12 +196,22 @@ def _asked(
         raise
 
 
-def answer_of(stdout: Stdout, workspace: Workspace, question: Question) -> dict[str, Any]:
-    """The response in the file, where the train wrote one, else that on stdout."""
+def answer_of(stdout: Stdout, workspace: Workspace, question: Question, exit: ContainerExit) -> dict[str, Any]:
+    """The response in the file, where the train wrote one, else that on stdout.
+
+    Raises:
+        ProtocolError: there is none.
+        ContainerLost: there is none, where the engine may have lost it.
+    """
     content = _response_file(workspace)
     if content:
         return answers.response_in_file(content, question)
-    return answers.response(bytes(stdout.end), question, cut=stdout.cut)
+    try:
+        return answers.response(bytes(stdout.end), question, cut=stdout.cut)
+    except ProtocolError:
+        if exit.log_lost and exit.reason is Reason.OK:
+            raise ContainerLost(f"What the train answered may be lost: {exit.log_lost}. Run it again.") from None
+        raise
 
 
 def _response_file(workspace: Workspace) -> bytes:

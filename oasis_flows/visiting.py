@@ -206,7 +206,7 @@ def run_train(visit: Visit, train: Train, generation: Generation, workspace: Wor
         found: list[dict[str, Any]] = []
 
         def at_end(exit: ContainerExit, files: Files) -> None:
-            answer = answer_of(stdout, workspace, Question.RUN)
+            answer = answer_of(stdout, workspace, Question.RUN, exit)
             response = protocol.read_run(answer)
             if judge_run(visit.train, exit, response, None) is None and exit.reason is Reason.OK:
                 found.append(answer)
@@ -256,7 +256,7 @@ def _verdict(visit: Visit, exit: ContainerExit, stdout: Stdout, workspace: Works
     """What a run that did not succeed ends with."""
     answer: RunResponse | ProtocolError
     try:
-        answer = protocol.read_run(answer_of(stdout, workspace, Question.RUN))
+        answer = protocol.read_run(answer_of(stdout, workspace, Question.RUN, exit))
     except ProtocolError as error:
         answer = error
     case = Case(

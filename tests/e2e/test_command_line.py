@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,14 @@ def test_help_answers_at_once_and_imports_no_prefect():
     )
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in listed.stderr.splitlines()}
     assert imported & {"prefect", "pydantic", "docker", "fsspec"} == set()
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"oasis-flows {version('oasis-flows')}, Prefect {version('prefect')}\n"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from prefect_docker.credentials import DockerRegistryCredentials
 from oasis_flows import lineage, settings, visit_record
 from oasis_flows.__main__ import main
 from oasis_flows.blocks import Station
+from oasis_flows.engines.docker import DockerEngine
 from oasis_flows.engines.docker_layer import DRAFTS, _draft, _place
 from oasis_flows.engines.docker_spec import LEASE, PACKAGE, PACKAGE_NAME, RUN_ID
 from oasis_flows.errors import AlgorithmFailed, ChainBroken, ProtocolError, TrainFailed, TrainRefused, TrainStopped
@@ -468,6 +470,30 @@ def test_a_retry_asks_anew_whatever_was_answered_before(prefect_server, image, s
 
     assert f"`/{MODEL[1:]}` | changed | 2 B" in said.result()
     assert again.is_completed(), again.message
+
+
+@pytest.mark.parametrize("question", ["list_requirements", "run_algorithm"])
+def test_an_answer_that_an_engine_lost_is_asked_for_again(docker_api, image, station, monkeypatch, question):
+    really, lost = DockerEngine.run_to, []
+
+    def run_to(engine, job, log, at_end):
+        if question not in (job.command or ()) or lost:
+            return really(engine, job, log, at_end)
+        lost.append(question)
+
+        def without(ended):
+            return replace(ended, log_lost="the engine was started anew")
+
+        return without(really(engine, job, lambda *_: None, lambda ended, files: at_end(without(ended), files)))
+
+    monkeypatch.setattr(DockerEngine, "run_to", run_to)
+    state = visit(image(v1()), station())
+
+    assert lost
+    assert state.is_completed(), state.message
+    docker_api.remove_image(state.result().image)
+    record = json.loads((Path(state.result().record) / "record.json").read_text())
+    assert (record["verdict"]["code"], record["exit"]["log_lost"]) == ("ok", "")
 
 
 @pytest.fixture
