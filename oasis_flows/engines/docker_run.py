@@ -84,7 +84,8 @@ def _saw(api: Any, container: str, event: str, info: Mapping[str, Any]) -> bool:
             return True
         # Until a little later than now, by the engine's clock: an event that is there already comes at once, and one of an end
         # comes seconds behind that end where the machine is busy.
-        until = int(parsedate_to_datetime(answer.headers["Date"]).timestamp()) + 4
+        date = answer.headers.get("Date")
+        until = int(parsedate_to_datetime(date).timestamp() if date else time.time()) + 4
         events = api.events(since=1, until=until, filters={"container": [container], "event": [event]}, decode=True)
         try:
             return next(iter(events), None) is not None

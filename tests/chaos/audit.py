@@ -129,6 +129,9 @@ def _state(truth: Truth, claims: Claims) -> Iterator[str]:
     refused = (
         bool(claims.told) and any(fault.endswith("the server") for fault in truth.against) and "never began" in claims.message
     )
+    # The same where the call's run is Running already and its engine gets no answer, six times within Prefect's minute.
+    away = "kill the server" in truth.against and bool(claims.told) and claims.message.startswith("No sign of life")
+    refused |= away and place.log is None and place.record is None
     # So do a worker, and the process that it starts: only who was connected once asks again where no connection can be made.
     refused |= (
         not truth.called

@@ -24,6 +24,8 @@ FAILED = Claims(
 FAILING = replace(TRUTH, exit_code=3)
 TOLD_LOST = replace(PLACE, record={"verdict": {"code": "ok"}, "exit": {"log_lost": "its engine was killed"}}, log=b"out 2\n")
 ENGINE = replace(TRUTH, against=frozenset({"kill the engine"}), hit=frozenset({"kill the engine"}))
+AWAY = replace(TRUTH, against=frozenset({"kill the server"}), hit=frozenset({"kill the server"}))
+SILENT = Claims(state="CRASHED", message="No sign of life for 90 seconds.", told={"raised": "RemoteProtocolError"})
 CUT = replace(TRUTH, against=frozenset({"cut the server"}), hit=frozenset({"cut the server"}))
 
 
@@ -44,6 +46,7 @@ CUT = replace(TRUTH, against=frozenset({"cut the server"}), hit=frozenset({"cut 
                 state="CRASHED", message="It was taken an hour ago and never began.", told={"raised": "RemoteProtocolError"}
             ),
         ),
+        (AWAY, SILENT),
         (
             replace(CUT, called=False),
             Claims(
@@ -61,6 +64,7 @@ CUT = replace(TRUTH, against=frozenset({"cut the server"}), hit=frozenset({"cut 
         "its log may lack something, and says so",
         "crashed behind the commit, and failed when it was tried again",
         "refused by the server",
+        "begun while the server was away for a minute",
         "its process was refused by the server",
     ],
 )
@@ -90,6 +94,9 @@ def test_what_is_true_is_no_finding(truth, claims):
         (TRUTH, replace(COMPLETED, place=TOLD_LOST), "and nobody ended that"),
         (ENGINE, replace(COMPLETED, place=replace(TOLD_LOST, log=b"out 2\nout 1\n")), "its log has"),
         (CUT, Claims(state="CRASHED", told={"raised": "RemoteProtocolError"}), "nobody ended its process"),
+        (CUT, SILENT, "nobody ended its process"),
+        (AWAY, replace(SILENT, told=None), "nobody ended its process"),
+        (AWAY, replace(SILENT, place=Place(log=b"")), "nobody ended its process"),
         (
             replace(CUT, called=False, hit=frozenset()),
             Claims(state="CRASHED", message="Process exited with status code: 1.", attempts=0),
