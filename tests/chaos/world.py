@@ -68,7 +68,7 @@ class World:
             self.zygote.stdin.flush()
             return int(self.zygote.stdout.readline())
 
-    def ask(self, path: str, body: object = None, seconds: float = 120) -> Any:
+    def ask(self, path: str, body: object = None, seconds: float = 300) -> Any:
         """Ask the Prefect server, for as long as it is away."""
         until = time.monotonic() + seconds
         while True:
