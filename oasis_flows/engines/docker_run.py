@@ -261,6 +261,8 @@ class Supervision:
             raise pump.failure
         ours = self._stopped_at_timeout or self._passed is not None
         killed = pump.state["ExitCode"] == 137 and not ours
+        if killed:
+            usage.killed_for_memory |= watch.killed_unseen()
         state = self._with_late_news(pump.state, usage, killed)
         died = state["ExitCode"] in (137, 143, 255) and not state.get("OOMKilled")
         if not ours and ((pump.outages and died) or not self._saw_the_end()):
@@ -268,8 +270,6 @@ class Supervision:
                 f"The engine went away while {spec.container_name(self._job)} ran, and stopped it (exit code "
                 f"{state['ExitCode']}). Run it again. {state.get('Error', '')}".strip()
             )
-        if killed:
-            usage.killed_for_memory |= watch.killed_unseen()
         evidence = Evidence(
             state=state,
             in_force=self._container.in_force,

@@ -137,7 +137,11 @@ def _state(truth: Truth, claims: Claims) -> Iterator[str]:
         not truth.called
         and not claims.attempts
         and any(fault.endswith("the server") for fault in truth.hit)
-        and claims.message.startswith(("Process exited with status code: 1.", "Failed to submit flow run to infrastructure:"))
+        and (
+            claims.message.startswith(("Process exited with status code: 1.", "Failed to submit flow run to infrastructure:"))
+            # A worker whose server is away for Prefect's minute leaves what it took as it is.
+            or ("kill the server" in truth.hit and "never began" in claims.message)
+        )
     )
     if claims.state == "CRASHED" and not truth.hit & ENDS_A_PROCESS and not refused:
         yield f"it is Crashed and nobody ended its process: {claims.message}"

@@ -48,6 +48,10 @@ CUT = replace(TRUTH, against=frozenset({"cut the server"}), hit=frozenset({"cut 
         ),
         (AWAY, SILENT),
         (
+            replace(AWAY, called=False),
+            Claims(state="CRASHED", message="It was taken an hour ago and never began.", attempts=0),
+        ),
+        (
             replace(CUT, called=False),
             Claims(
                 state="CRASHED", message="Process exited with status code: 1. Process exited with a general error.", attempts=0
@@ -65,6 +69,7 @@ CUT = replace(TRUTH, against=frozenset({"cut the server"}), hit=frozenset({"cut 
         "crashed behind the commit, and failed when it was tried again",
         "refused by the server",
         "begun while the server was away for a minute",
+        "taken by a worker while the server was away for a minute",
         "its process was refused by the server",
     ],
 )
@@ -95,6 +100,11 @@ def test_what_is_true_is_no_finding(truth, claims):
         (ENGINE, replace(COMPLETED, place=replace(TOLD_LOST, log=b"out 2\nout 1\n")), "its log has"),
         (CUT, Claims(state="CRASHED", told={"raised": "RemoteProtocolError"}), "nobody ended its process"),
         (CUT, SILENT, "nobody ended its process"),
+        (
+            replace(CUT, called=False),
+            Claims(state="CRASHED", message="It was taken an hour ago and never began.", attempts=0),
+            "nobody ended its process",
+        ),
         (AWAY, replace(SILENT, told=None), "nobody ended its process"),
         (AWAY, replace(SILENT, place=Place(log=b"")), "nobody ended its process"),
         (
