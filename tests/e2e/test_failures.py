@@ -373,7 +373,7 @@ SITUATIONS = {
     "wrong architecture of the program": Situation("exec_format", "run_container", "description", "not made for this machine", "Build the image for", algorithm={"command": ["/opt/elsewhere"]}, on=EVERYWHERE),
     "wrong architecture of the image": image("image_invalid", "description", "arm64", "another worker", 2, other_machine, on=("docker",)),
     "wrong architecture of the image, for its node": cluster("unsupported", "platform", "is not made for", "Build it for that architecture", 3, only_for_others),
-    "killed": shell("killed", "platform", "was killed by SIGKILL", "run it again", "kill -9 $$"),
+    "killed": shell("killed", "platform", "was killed by SIGKILL", "run it again", "sleep 0.5; kill -9 $$"),
     "segfault": shell("segfault", "algorithm", "crashed with a segmentation fault", "error in its program", "kill -SEGV $$"),
     "abort": shell("aborted", "algorithm", "aborted itself", "last words", "kill -ABRT $$"),
     "out of memory": shell("out_of_memory", "description", "was killed for memory", "Raise `memory`", EAT, memory="16MiB"),
