@@ -39,6 +39,8 @@ _GROUP = 1000
 # How long transfers may take, and a job without a time limit: the cluster itself removes a carrier that everybody has forgotten.
 _SPARE_SECONDS, _LONGEST_SECONDS = 86_400, 30 * 86_400
 _TELL_SECONDS = 10.0
+# It may have to wait for the carrier of an earlier attempt, a hundred seconds at most.
+_SILENCE_SECONDS = 150.0
 _GONE = "The carrier of the run's files is gone, and they with it. Run it again."
 
 
@@ -161,9 +163,7 @@ class Carriage:
         found = None if fresh else find(self._home, self._here)
         self.row = found or kube_run.create(self._home, self._home.jobs, carrier_body(self._here, self._home.place))
         threading.Thread(target=partial(copy_context().run, self._follow, fresh=found is None), daemon=True).start()
-        while not self._ready:
-            self._changed.wait()
-            self._check()
+        self._until_ready(self.row["metadata"]["uid"])
         pod = self._home.watch.sight(self.row["metadata"]["uid"]).pod
         assert pod is not None  # noqa: S101 - it has spoken
         self._pod = f"{self._home.core('pods')}/{pod['metadata']['name']}"
@@ -173,6 +173,21 @@ class Carriage:
             place = replace(place, node=pod["spec"]["nodeName"])
         self.cluster = replace(self._home, place=place)
         self._patiently(self._send_input)
+
+    def _until_ready(self, uid: str) -> None:
+        """Return once the carrier has said that it is ready. It says so in its log, and a node may lose that."""
+        silent_since: float | None = None
+        while not self._ready:
+            self._changed.wait(1.0)
+            self._check()
+            pod = self._home.watch.sight(uid).pod
+            if pod is not None and pod["status"].get("phase") == "Running":
+                silent_since = silent_since or time.monotonic()
+                if time.monotonic() - silent_since > _SILENCE_SECONDS:
+                    raise ContainerLost(
+                        f"The carrier of files to the claim runs, and said nothing in {_SILENCE_SECONDS:.0f} s: its node may have lost its "
+                        "log. Run it again."
+                    )
 
     def _follow(self, *, fresh: bool) -> None:
         """See the carrier to its end, which should be ours."""

@@ -250,6 +250,17 @@ def test_an_image_that_is_none_of_flow_runs_is_named(engine, double, job, monkey
 real = kube_carry.order_of
 
 
+def test_a_carrier_whose_log_its_node_lost_is_not_waited_for_for_ever(engine, double, job, claim, monkeypatch):
+    monkeypatch.setattr(kube_carry, "_SILENCE_SECONDS", 2.0)
+    monkeypatch.setattr(kube_carry.Carriage, "_hear", lambda *_: None)
+    double.script = Script(states=RUNS)
+
+    with pytest.raises(ContainerLost, match="said nothing in 2 s"):
+        engine.run(job, Log())
+
+    eventually(lambda: nothing_left(double, claim), 30)
+
+
 def test_no_room_here_is_said(engine, double, job, claim, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
