@@ -20,7 +20,7 @@ from .algorithms import TOKEN
 from .plan import ON_SERVICES, Fault, Round, Run
 from .world import World
 
-END_SECONDS = 180.0
+END_SECONDS = 420.0
 # The shipped automation waits 90 s for a sign of life.
 AUTOMATION_SECONDS = 150.0
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
