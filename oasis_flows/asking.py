@@ -201,16 +201,19 @@ def answer_of(stdout: Stdout, workspace: Workspace, question: Question, exit: Co
 
     Raises:
         ProtocolError: there is none.
-        ContainerLost: there is none, where the engine may have lost it.
+        ContainerLost: the engine may have lost it, where there is none, or where asking again costs little.
     """
     content = _response_file(workspace)
     if content:
         return answers.response_in_file(content, question)
+    lost = ContainerLost(f"What the train answered may be lost: {exit.log_lost}. Run it again.") if exit.log_lost else None
+    if lost and question is not Question.RUN:
+        raise lost
     try:
         return answers.response(bytes(stdout.end), question, cut=stdout.cut)
     except ProtocolError:
-        if exit.log_lost and exit.reason is Reason.OK:
-            raise ContainerLost(f"What the train answered may be lost: {exit.log_lost}. Run it again.") from None
+        if lost and exit.reason is Reason.OK:
+            raise lost from None
         raise
 
 

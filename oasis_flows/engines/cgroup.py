@@ -41,12 +41,13 @@ class Cgroup:
         """What the container has used by now; a value that cannot be read, as after its end, is `None`."""
         memory = self._number("memory")
         cache = self._number("stat", "total_inactive_file" if self._version == 1 else "inactive_file") or 0
+        kills = self._number("kills", "oom_kill")
         nanoseconds = self._number("cpu") if self._version == 1 else _times(1000, self._number("cpu", "usage_usec"))
         return Reading(
             cpu_seconds=_times(1e-9, nanoseconds),
             memory_bytes=None if memory is None else max(0, memory - cache),
             memory_peak_bytes=self._number("peak"),
-            killed_for_memory=bool(self._number("kills", "oom_kill")),
+            killed_for_memory=None if kills is None else kills > 0,
             forks_refused=self._number("pids", "max") or 0,
         )
 

@@ -80,6 +80,7 @@ def _saw(api: Any, container: str, event: str, info: Mapping[str, Any]) -> bool:
     """
     with translated("asking for the events of a container"):
         answer = api.get(f"{api.base_url}/_ping", timeout=api.timeout)
+        answer.raise_for_status()
         if spec.is_podman(info):
             return True
         # Until a little later than now, by the engine's clock: an event that is there already comes at once, and one of an end
@@ -243,9 +244,10 @@ class Supervision:
             if signal_name := clock.due():
                 self._stopped_at_timeout |= self._passed is None and not clock.lingers
                 self._kill(signal_name)
+        usage = watch.result()
         if pump.failure is None and not self._stopped_at_timeout:
             self._note_passed(quota.at_end())
-        return self._verdict(pump, watch)
+        return self._verdict(pump, usage, watch.killed_unseen())
 
     def _note_passed(self, output: Passed | None) -> bool:
         """Was a limit of log or output passed that had not been yet? The first one counts."""
@@ -255,14 +257,12 @@ class Supervision:
         self._passed = self._passed or output
         return first and self._passed is not None
 
-    def _verdict(self, pump: Pump, watch: UsageWatch) -> ContainerExit:
-        usage = watch.result()
+    def _verdict(self, pump: Pump, usage: Usage, killed_unseen: bool) -> ContainerExit:
         if pump.failure is not None:
             raise pump.failure
         ours = self._stopped_at_timeout or self._passed is not None
         killed = pump.state["ExitCode"] == 137 and not ours
-        if killed:
-            usage.killed_for_memory |= watch.killed_unseen()
+        usage.killed_for_memory |= killed and killed_unseen
         state = self._with_late_news(pump.state, usage, killed)
         died = state["ExitCode"] in (137, 143, 255) and not state.get("OOMKilled")
         if not ours and ((pump.outages and died) or not self._saw_the_end()):

@@ -25,7 +25,9 @@ class UsageWatch:
     def __init__(self, api: Any, container_id: str) -> None:
         self._api, self._id = api, container_id
         self._cgroup: Cgroup | None = None
-        self._kills = kills_for_memory()
+        # How many processes the kernel had killed by the last reading, and by the end; an engine elsewhere has another kernel.
+        self._kills = kills_for_memory() if api.base_url.startswith("http+docker:") else None
+        self._kills_at_end: int | None = None
         self._zero = time.monotonic()
         self._over = threading.Event()
         self._usage = Usage()
@@ -37,38 +39,47 @@ class UsageWatch:
         self._zero = time.monotonic() - max(passed, 0.0)
         self._cgroup = find_cgroup(state.get("Pid") or 0, self._id)
         if self._cgroup is None and state.get("Running"):
-            self._kills = None
             threading.Thread(target=self._ask, name=f"oasis-usage-{self._id[:12]}", daemon=True).start()
 
     def sample(self) -> None:
         """Take a reading of the cgroup."""
         if self._cgroup is not None:
             kills, reading = kills_for_memory(), self._cgroup.read()
-            if reading.memory_bytes is not None:
+            if reading.killed_for_memory is None:
+                self._ended()
+            elif self._kills is not None:
                 self._kills = kills
             self._take(reading)
 
     def killed_unseen(self) -> bool:
-        """Has the kernel killed a process of this machine for memory since the last reading, or since the start of what ended unread?
+        """Has the kernel killed a process of this machine for memory between the last reading, or the start of what ended unread, and the end?
 
         Of a container that dies soon after its start, containerd may not hear it: it asks to be told once the container runs
         (https://github.com/containerd/containerd/issues/8180).
         """
-        kills = kills_for_memory()
-        return self._kills is not None and kills is not None and kills > self._kills
+        return self._kills is not None and self._kills_at_end is not None and self._kills_at_end > self._kills
+
+    def _ended(self) -> None:
+        if self._kills_at_end is None:
+            self._kills_at_end = kills_for_memory()
 
     def _take(self, reading: Reading) -> None:
         self._usage.add(time.monotonic() - self._zero, reading)
 
     def result(self) -> Usage:
-        """What was found out so far; nothing is asked from now on."""
+        """What was found out so far; nothing is asked from now on. To be called as soon as the container has ended."""
         self._over.set()
+        self._ended()
         return self._usage
 
     def _ask(self) -> None:
         while not self._over.wait(1.0):
             with suppress(EngineError), translated("asking what a container uses"):
-                self._take(reading_of(self._api.stats(self._id, stream=False, one_shot=True)))
+                reading = reading_of(self._api.stats(self._id, stream=False, one_shot=True))
+                if reading.memory_bytes is not None:
+                    # It lives, and this machine's kernel is not asked about it from here.
+                    self._kills = None
+                self._take(reading)
 
 
 def reading_of(answer: Mapping[str, Any]) -> Reading:

@@ -39,8 +39,8 @@ _GROUP = 1000
 # How long transfers may take, and a job without a time limit: the cluster itself removes a carrier that everybody has forgotten.
 _SPARE_SECONDS, _LONGEST_SECONDS = 86_400, 30 * 86_400
 _TELL_SECONDS = 10.0
-# It may have to wait for the carrier of an earlier attempt, a hundred seconds at most.
-_SILENCE_SECONDS = 150.0
+# It may have to wait for the carrier of an earlier attempt, a hundred seconds at most, and to delete a million files.
+_SILENCE_SECONDS = 300.0
 _GONE = "The carrier of the run's files is gone, and they with it. Run it again."
 
 
@@ -181,7 +181,9 @@ class Carriage:
             self._changed.wait(1.0)
             self._check()
             pod = self._home.watch.sight(uid).pod
-            if pod is not None and pod["status"].get("phase") == "Running":
+            if self._home.watch.away_since is not None:
+                silent_since = None
+            elif pod is not None and pod["status"].get("phase") == "Running":
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() - silent_since > _SILENCE_SECONDS:
                     raise ContainerLost(

@@ -16,6 +16,7 @@ from urllib.parse import urlencode, urlsplit
 
 from ..errors import EngineError, EngineUnavailable
 from .kube_api import ALIVE, PASSING, KubeApi, refusal
+from .tls import InTurns
 
 if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
@@ -128,7 +129,7 @@ def started(api: KubeApi, pod: str, container: str, command: Sequence[str], pati
     try:
         connection = connect(
             f"{access.server.replace('http', 'ws', 1)}{pod}/exec?{query}",
-            ssl=access.tls,
+            ssl=access.tls and InTurns(access.tls),  # type: ignore[arg-type]
             subprotocols=[_PROTOCOL],  # type: ignore[list-item]
             compression=None,
             additional_headers={"User-Agent": "oasis-flows", **access.headers()},

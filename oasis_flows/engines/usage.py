@@ -23,7 +23,7 @@ class Reading:
     cpu_seconds: float | None
     memory_bytes: int | None
     memory_peak_bytes: int | None
-    killed_for_memory: bool = False
+    killed_for_memory: bool | None = False
     forks_refused: int = 0
 
 
@@ -50,7 +50,7 @@ class Usage:
 
     def add(self, seconds: float, reading: Reading) -> None:
         """Take a reading, made so many seconds after the container's start."""
-        self.killed_for_memory |= reading.killed_for_memory
+        self.killed_for_memory |= bool(reading.killed_for_memory)
         self.forks_refused = max(self.forks_refused, reading.forks_refused)
         self.memory_peak_bytes = self.memory_peak_bytes if reading.memory_peak_bytes is None else reading.memory_peak_bytes
         self.cpu_seconds = self.cpu_seconds if reading.cpu_seconds is None else reading.cpu_seconds

@@ -32,6 +32,8 @@ UNDESERVED = frozenset(
         "internal",
     ]
 )
+# What httpx raises where a server does not answer.
+TRANSPORT = {"ConnectError", "ConnectTimeout", "ReadError", "ReadTimeout", "RemoteProtocolError", "WriteError"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +132,8 @@ def _state(truth: Truth, claims: Claims) -> Iterator[str]:
         bool(claims.told) and any(fault.endswith("the server") for fault in truth.against) and "never began" in claims.message
     )
     # The same where the call's run is Running already and its engine gets no answer, six times within Prefect's minute.
-    away = "kill the server" in truth.against and bool(claims.told) and claims.message.startswith("No sign of life")
-    refused |= away and place.log is None and place.record is None
+    away = "kill the server" in truth.hit and (claims.told or {}).get("raised") in TRANSPORT
+    refused |= away and claims.message.startswith("No sign of life") and place.log is None and place.record is None
     # So do a worker, and the process that it starts: only who was connected once asks again where no connection can be made.
     refused |= (
         not truth.called

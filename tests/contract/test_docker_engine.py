@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from oasis_flows import doctor, lease, machine, settings as flow_settings
-from oasis_flows.engines import docker_run, docker_spec
+from oasis_flows.engines import docker_run, docker_spec, docker_usage
 from oasis_flows.engines.docker import DockerEngine
 from oasis_flows.errors import (
     ContainerLost,
@@ -158,6 +158,16 @@ class TestDeaths:
         assert ended.memory_limit_bytes == 16 * MIB
         assert ended.memory_peak_bytes is not None
         assert ended.memory_peak_bytes >= 16 * MIB
+
+    @pytest.mark.parametrize(("kills", "reason"), [((3, 4), Reason.OUT_OF_MEMORY), ((3, 3), Reason.KILLED)])
+    def test_out_of_memory_that_only_the_kernel_tells(
+        self, sh: Sh, monkeypatch: pytest.MonkeyPatch, kills: tuple[int, ...], reason: Reason
+    ) -> None:
+        counts = iter(kills)
+        monkeypatch.setattr(docker_usage, "kills_for_memory", lambda: next(counts))
+        monkeypatch.setattr(docker_usage, "find_cgroup", lambda *_: None)
+        ended, _ = sh("kill -9 $$")
+        assert (ended.reason, ended.exit_code) == (reason, 137)
 
     @pytest.mark.parametrize("code", [0, 3])
     def test_out_of_memory_in_a_child(self, sh: Sh, code: int) -> None:
@@ -610,13 +620,21 @@ class TestEngineGoesAway:
         with private_engine() as private:
             private.load(docker_archive(tmp_path / "image.tar", TinyImage(tags=("t:1",))))
             assert private.process
-            number = private.process.pid
-            pause = threading.Timer(
-                1.0, lambda: (os.kill(number, signal.SIGSTOP), time.sleep(7), os.kill(number, signal.SIGCONT))
-            )
-            pause.start()
-            ended = DockerEngine(private.connect).run(make_job("sh", "-c", "sleep 2; exit 4", image="t:1"), Log())
-            pause.join()
+            number, log = private.process.pid, Log()
+
+            def pause() -> None:
+                eventually(lambda: log.pieces, 30)
+                os.kill(number, signal.SIGSTOP)
+                try:
+                    time.sleep(7)
+                finally:
+                    os.kill(number, signal.SIGCONT)
+
+            pausing = threading.Thread(target=pause)
+            pausing.start()
+            job = make_job("sh", "-c", "echo began; sleep 2; exit 4", image="t:1")
+            ended = DockerEngine(private.connect).run(job, log)
+            pausing.join()
             assert (ended.reason, ended.exit_code) == (Reason.EXIT_NONZERO, 4)
 
     def test_engine_killed_and_started_again(self, make_job: Make, tmp_path: Path) -> None:

@@ -181,13 +181,15 @@ def test_input_files_of_the_same_base_name_both_arrive_and_cannot_be_changed(ran
     assert (Path(letters.url) / "two/a.txt").exists()
 
 
-def test_the_same_task_run_twice_gives_two_datasets(ran, image):
-    first, second = (ran(Algorithm(docker_image=image, command=ECHO), output_name="twice") for _ in range(2))
+def test_the_same_task_run_twice_gives_two_datasets(ran, ground, image):
+    # A name is of one place only, and grounds have places of their own.
+    name = f"twice-{ground.name}"
+    first, second = (ran(Algorithm(docker_image=image, command=ECHO), output_name=name) for _ in range(2))
 
     assert first.url != second.url
     assert first.files == second.files
     assert (first.folder / "manifest.jsonl").read_bytes() == (second.folder / "manifest.jsonl").read_bytes()
-    assert Dataset.load("twice").url == second.url
+    assert Dataset.load(name).url == second.url
 
 
 def test_every_word_of_a_command_reaches_the_container_exactly(ran, image):

@@ -473,7 +473,7 @@ def test_a_retry_asks_anew_whatever_was_answered_before(prefect_server, image, s
 
 
 @pytest.mark.parametrize("question", ["list_requirements", "run_algorithm"])
-def test_an_answer_that_an_engine_lost_is_asked_for_again(docker_api, image, station, monkeypatch, question):
+def test_an_answer_that_an_engine_lost_is_asked_for_again(docker_api, image, station, here, monkeypatch, question):
     really, lost = DockerEngine.run_to, []
 
     def run_to(engine, job, log, at_end):
@@ -494,6 +494,8 @@ def test_an_answer_that_an_engine_lost_is_asked_for_again(docker_api, image, sta
     docker_api.remove_image(state.result().image)
     record = json.loads((Path(state.result().record) / "record.json").read_text())
     assert (record["verdict"]["code"], record["exit"]["log_lost"]) == ("ok", "")
+    # Whoever gets no answer to the first question tries other generations.
+    assert [path.read_text() for path in (here / "trains/generations").iterdir()] == ["V1"]
 
 
 @pytest.fixture

@@ -106,6 +106,7 @@ def test_what_is_true_is_no_finding(truth, claims):
             "nobody ended its process",
         ),
         (AWAY, replace(SILENT, told=None), "nobody ended its process"),
+        (AWAY, replace(SILENT, told={"raised": "TypeError"}), "nobody ended its process"),
         (AWAY, replace(SILENT, place=Place(log=b"")), "nobody ended its process"),
         (
             replace(CUT, called=False, hit=frozenset()),

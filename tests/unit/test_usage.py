@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,6 +37,21 @@ V2_FILES = {
     f"{V2_AT}/pids.events": "max 7\n",
 }
 SEEN = Reading(cpu_seconds=0.049768804, memory_bytes=1077248, memory_peak_bytes=4083712)
+# The engine's client, of an engine on this machine and on another one.
+HERE, ELSEWHERE = SimpleNamespace(base_url="http+docker://localhost"), SimpleNamespace(base_url="https://10.0.0.7:2376")
+# Docker 20.10 on cgroup v1, shortened; then the same of cgroup v2, which keeps other words and no maximum.
+STATS_V1 = {
+    "memory_stats": {
+        "usage": 18366464,
+        "max_usage": 18366469,
+        "stats": {"inactive_file": 5, "total_inactive_file": 1564672},
+        "limit": 67108864,
+    },
+    "cpu_stats": {"cpu_usage": {"total_usage": 1118151587, "usage_in_usermode": 1110000000}, "online_cpus": 2},
+    "pids_stats": {"current": 1, "limit": 10},
+}
+STATS_V2 = {**STATS_V1, "memory_stats": {"usage": 18366464, "stats": {"inactive_file": 1564672}, "limit": 67108864}}
+STATS_ENDED = {"memory_stats": {}, "cpu_stats": {"cpu_usage": {"total_usage": 0}}, "pids_stats": {}}
 
 
 def machine(root: Path, lines: str, files: Mapping[str, str]) -> Path:
@@ -106,49 +124,55 @@ def test_the_kernels_count_of_kills(tmp_path: Path) -> None:
 
 
 def test_a_kill_for_memory_that_nobody_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = iter([3, 4, 4, 5, 5])
+    counts = iter([3, 3, 5, 5])
     found = cgroup(tmp_path, V1_LINES, V1_FILES)
     monkeypatch.setattr(docker_usage, "kills_for_memory", lambda: next(counts))
     monkeypatch.setattr(docker_usage, "find_cgroup", lambda *_: found)
-    watch = docker_usage.UsageWatch(None, ID)
-    assert watch.killed_unseen(), "before it was ever read"
+    watch = docker_usage.UsageWatch(HERE, ID)
     watch.begin({"Pid": 7, "Running": True})
     watch.sample()
     for file in tmp_path.rglob("memory.*"):
         file.unlink()
     watch.sample()
-    assert watch.killed_unseen(), "after its last reading"
+    # What happens from now on is somebody else's.
+    watch.result()
+    assert watch.killed_unseen()
 
 
+@pytest.mark.parametrize(
+    "state", [{"Pid": 0, "Running": False}, {"Pid": 7, "Running": True}], ids=["ended", "not told to have ended"]
+)
+def test_a_kill_for_memory_before_the_first_reading(monkeypatch: pytest.MonkeyPatch, state: Mapping[str, object]) -> None:
+    counts = iter([3, 4])
+    monkeypatch.setattr(docker_usage, "kills_for_memory", lambda: next(counts))
+    monkeypatch.setattr(docker_usage, "find_cgroup", lambda *_: None)
+    watch = docker_usage.UsageWatch(HERE, ID)
+    watch.begin(state)
+    watch.result()
+    assert watch.killed_unseen()
+
+
+@pytest.mark.parametrize(
+    ("api", "read", "stats"),
+    [(HERE, True, {}), (HERE, False, STATS_V1), (ELSEWHERE, False, {})],
+    ids=["read", "alive", "elsewhere"],
+)
 def test_the_machines_kills_are_no_word_on_a_container_that_was_read_since_or_that_cannot_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: SimpleNamespace, read: bool, stats: Mapping[str, object]
 ) -> None:
     found = cgroup(tmp_path, V1_LINES, V1_FILES)
-    kills = [3]
+    kills, asked = [3], threading.Event()
     monkeypatch.setattr(docker_usage, "kills_for_memory", lambda: kills[0])
-    for seen in (found, None):
-        monkeypatch.setattr(docker_usage, "find_cgroup", lambda *_, seen=seen: seen)
-        watch = docker_usage.UsageWatch(None, ID)
-        watch.begin({"Pid": 7, "Running": True})
-        kills[0] += 1
-        watch.sample()
-        watch.result()
-        assert not watch.killed_unseen()
-
-
-# Docker 20.10 on cgroup v1, shortened; then the same of cgroup v2, which keeps other words and no maximum.
-STATS_V1 = {
-    "memory_stats": {
-        "usage": 18366464,
-        "max_usage": 18366469,
-        "stats": {"inactive_file": 5, "total_inactive_file": 1564672},
-        "limit": 67108864,
-    },
-    "cpu_stats": {"cpu_usage": {"total_usage": 1118151587, "usage_in_usermode": 1110000000}, "online_cpus": 2},
-    "pids_stats": {"current": 1, "limit": 10},
-}
-STATS_V2 = {**STATS_V1, "memory_stats": {"usage": 18366464, "stats": {"inactive_file": 1564672}, "limit": 67108864}}
-STATS_ENDED = {"memory_stats": {}, "cpu_stats": {"cpu_usage": {"total_usage": 0}}, "pids_stats": {}}
+    monkeypatch.setattr(docker_usage, "find_cgroup", lambda *_: found if read else None)
+    api.stats = lambda *_, **__: asked.set() or stats
+    watch = docker_usage.UsageWatch(api, ID)
+    watch.begin({"Pid": 7, "Running": True})
+    assert read or asked.wait(10)
+    time.sleep(0.1)
+    kills[0] += 1
+    watch.sample()
+    watch.result()
+    assert not watch.killed_unseen()
 
 
 def test_what_the_engine_says() -> None:
