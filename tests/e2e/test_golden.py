@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import threading
+import uuid
 from pathlib import Path
 
 import pytest
@@ -181,9 +182,9 @@ def test_input_files_of_the_same_base_name_both_arrive_and_cannot_be_changed(ran
     assert (Path(letters.url) / "two/a.txt").exists()
 
 
-def test_the_same_task_run_twice_gives_two_datasets(ran, ground, image):
+def test_the_same_task_run_twice_gives_two_datasets(ran, image):
     # A name is of one place only, and grounds have places of their own.
-    name = f"twice-{ground.name}"
+    name = f"twice-{uuid.uuid4().hex[:8]}"
     first, second = (ran(Algorithm(docker_image=image, command=ECHO), output_name=name) for _ in range(2))
 
     assert first.url != second.url
