@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import socket
 import ssl
 import threading
@@ -14,10 +13,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.x509.oid import NameOID
 
 from oasis_flows.engines.tls import InTurns, TurnsSocket
+from tests.unit.test_kube_access import issued
 
 PIECE, PIECES = bytes(range(256)) * 256, 200
 
@@ -25,15 +23,12 @@ PIECE, PIECES = bytes(range(256)) * 256, 200
 @pytest.fixture(scope="module")
 def contexts(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     """A server's and a client's."""
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    made = made.serial_number(1).not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
-    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    key = ec.generate_private_key(ec.SECP256R1())
+    made = issued("localhost", "localhost", key, key, x509.SubjectAlternativeName([x509.DNSName("localhost")]))
     file: Path = tmp_path_factory.mktemp("tls") / "server.pem"
     file.write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + made.sign(key, SHA256()).public_bytes(serialization.Encoding.PEM)
+        + made.public_bytes(serialization.Encoding.PEM)
     )
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(file)
