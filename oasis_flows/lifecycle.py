@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
@@ -23,7 +25,7 @@ from prefect.flows import Flow
 from prefect.logging import get_run_logger
 from prefect.settings import get_current_settings
 
-from . import backoff, settings
+from . import backoff, settings, watchdog
 from .artifacts import FAILED_TAG, first_files, tell_failure
 from .documents import patiently
 from .errors import OasisError, UnsafeName
@@ -47,7 +49,6 @@ from .reaper import (
 from .record import Account
 from .settings import Settings
 from .tasks import MARKER_PUBLISHED, MARKER_RUN, stage_seconds
-from .watchdog import watched
 from .workspace import Workspace, open_workspace
 
 LEFT_BEHIND = "This user may not delete all of the workspace %s, such as files that the container wrote as root. Delete it."
@@ -88,7 +89,7 @@ def owned_workspace(here: Settings, account: Account) -> Iterator[Workspace]:
         RunInUse: another process works on this run.
         StoreFull: the folder cannot be made.
     """
-    with beating(), watched(_environment(here)), _opened(here) as workspace:
+    with beating(), _watched(_environment(here)), _opened(here) as workspace:
         account.settle = partial(_settle, workspace, account, here)
         with get_client(sync_client=True) as client:
             backoff.shorten(client)
@@ -105,6 +106,34 @@ def owned_workspace(here: Settings, account: Account) -> Iterator[Workspace]:
         finally:
             if not workspace.is_resumable:
                 workspace.remove()
+
+
+@contextmanager
+def _watched(changes: Mapping[str, str]) -> Iterator[None]:
+    """Have a watchdog for the time of the block. Without one (no process can be made) the block runs all the same.
+
+    Its environment is this process's with `changes`; it works elsewhere, so what is relative here means nothing to it.
+    """
+    # It must not look like the run itself.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")} | dict(changes)
+    dog: subprocess.Popen[bytes] | None = None
+    with suppress(OSError):
+        # In a session of its own it gets neither the terminal's signals nor those for the worker's process group.
+        dog = subprocess.Popen(
+            [sys.executable, "-I", "-S", watchdog.__file__],
+            env=env,
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    try:
+        yield
+    finally:
+        if dog is not None:
+            with suppress(OSError):
+                dog.communicate(watchdog.FAREWELL)
 
 
 def _opened(here: Settings) -> AbstractContextManager[Workspace]:
@@ -159,9 +188,13 @@ def _unpublished(workspace: Workspace, error: OasisError) -> bool:
 
 
 def _sweep(here: Settings) -> None:
-    """Take away what dead runs left. That is nobody's business but theirs: it never fails this run."""
+    """Take away what dead runs left. That is nobody's business but theirs: it never fails this run.
+
+    Drafts of images, which hold no processor and no GPU, are for the watchdog and `oasis-flows reap`: to ask for them took as
+    long as all else here, and longer the more images an engine has.
+    """
     try:
-        reaped = sweep(here)
+        reaped = sweep(here, drafts=False)
     except Exception as error:  # noqa: BLE001 - whatever it is, this run did not do it
         get_run_logger().warning("Could not look for what dead runs left: %s: %s", type(error).__name__, error)
     else:

@@ -112,11 +112,13 @@ def reap(settings: Settings, *, now: bool = False) -> Reaped:
     return replace(swept, runs=swept.runs + ended)
 
 
-def sweep(settings: Settings, *, now: bool = False) -> Reaped:
+def sweep(settings: Settings, *, now: bool = False, drafts: bool = True) -> Reaped:
     """Remove containers that nobody owns and workspaces that nobody came back for, and tell Prefect of runs that died.
 
     So that a retry finds them, a dead run's container may stay for the setting `OASIS_FLOWS_RETRY_WINDOW`, unless `now`, and its
-    workspace for `OASIS_FLOWS_KEEP_HOURS`. What prerequisites keep goes when no run has used it for `OASIS_FLOWS_KEEP_CACHES_HOURS`. A Prefect server that does not answer is no error; the next call tells it.
+    workspace for `OASIS_FLOWS_KEEP_HOURS`. What prerequisites keep goes when no run has used it for
+    `OASIS_FLOWS_KEEP_CACHES_HOURS`. Drafts of images are left for a later call if `drafts` says so (see `Engine.reap`). A
+    Prefect server that does not answer is no error; the next call tells it.
 
     Raises:
         EngineUnavailable: nobody can tell which containers there are. Prefect was told of the dead runs all the same.
@@ -125,7 +127,7 @@ def sweep(settings: Settings, *, now: bool = False) -> Reaped:
     engine, ended = open_engine(settings), Reaped()
     try:
         # Before Prefect, which may take minutes to say that it is away.
-        containers = engine.reap(grace_seconds=window, below=settings.workspaces)
+        containers = engine.reap(grace_seconds=window, below=settings.workspaces, drafts=drafts)
     finally:
         with _noted("Prefect could not be told which runs are dead"):
             ended = _tell_ends(settings, min(window, SILENCE_SECONDS))

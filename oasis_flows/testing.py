@@ -133,6 +133,7 @@ class FakeEngine:
         grace_seconds: float = 60.0,  # noqa: ARG002
         below: Path | None = None,  # noqa: ARG002
         stop_seconds: float = 0.0,  # noqa: ARG002
+        drafts: bool = True,  # noqa: ARG002
     ) -> tuple[str, ...]:
         """Nothing is ever left behind."""
         return ()

@@ -90,6 +90,7 @@ class Engine(Protocol):
         grace_seconds: float = 60.0,
         below: Path | None = None,
         stop_seconds: float = 0.0,
+        drafts: bool = True,
     ) -> tuple[str, ...]:
         """Remove this package's containers that nobody owns any more; return their run ids.
 
@@ -99,7 +100,8 @@ class Engine(Protocol):
         container is removed. Below the folder `below` lie the leases of those who ask. A container with its lease elsewhere
         may wait as long as its own job allowed, too; and only below it a lease that is gone counts as lapsed, for a container
         made at least `grace_seconds` ago. Every other container is left alone, and so is one whose lease this process may not
-        look at.
+        look at. Drafts of images that dead runs were making go, too, unless `drafts` says to leave them for another time: to find
+        them an engine looks through all of its images.
         """
         ...
 

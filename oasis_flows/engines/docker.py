@@ -224,6 +224,7 @@ class DockerEngine:
         grace_seconds: float = 60.0,
         below: Path | None = None,
         stop_seconds: float = 0.0,
+        drafts: bool = True,
     ) -> tuple[str, ...]:
         """Remove containers that nobody owns; see `Engine.reap`. One without lease or host on its labels is left alone."""
         with self._api("removing containers") as api:
@@ -235,7 +236,8 @@ class DockerEngine:
                     if free:
                         docker_run.remove_container(api, row["Id"])
                         gone.append(row["Labels"].get(spec.RUN_ID, ""))
-            docker_layer.reap_drafts(api, run_id, grace_seconds=grace_seconds, below=below)
+            if drafts:
+                docker_layer.reap_drafts(api, run_id, grace_seconds=grace_seconds, below=below)
             return tuple(dict.fromkeys(gone))
 
     @contextmanager

@@ -222,8 +222,9 @@ def reap_drafts(api: Any, run_id: str | None, *, grace_seconds: float, below: Pa
 
     One that was being pushed goes with the names that it was pushed under.
     """
+    there = [name for image in api.images(filters={"reference": [PUSHING, DRAFTS]}) for name in image.get("RepoTags") or ()]
     for place in (PUSHING, DRAFTS):
-        for reference in [name for image in api.images(name=place) for name in image.get("RepoTags") or ()]:
+        for reference in [name for name in there if name.startswith(f"{place}:")]:
             with _ownerless(reference.removeprefix(f"{place}:"), run_id, grace_seconds, below) as free:
                 if free:
                     # The name that says whose it is goes last: whoever is interrupted here is followed by somebody.

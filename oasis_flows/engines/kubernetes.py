@@ -237,6 +237,7 @@ class KubernetesEngine:
         grace_seconds: float = 60.0,
         below: Path | None = None,
         stop_seconds: float = 0.0,
+        drafts: bool = True,  # noqa: ARG002 - a cluster makes no images
     ) -> tuple[str, ...]:
         """Remove Jobs that nobody owns; see `Engine.reap`. One of another claim is left alone: its lease cannot be seen here.
 

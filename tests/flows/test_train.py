@@ -35,7 +35,7 @@ from oasis_flows.engines.docker_spec import LEASE, PACKAGE, PACKAGE_NAME, RUN_ID
 from oasis_flows.errors import AlgorithmFailed, ChainBroken, ProtocolError, TrainFailed, TrainRefused, TrainStopped
 from oasis_flows.flows.station import train_station
 from oasis_flows.flows.train import train
-from oasis_flows.reaper import reap
+from oasis_flows.reaper import reap, sweep
 from oasis_flows.registry_index import RegistryIndex
 from oasis_flows.running import begin_again
 from oasis_flows.station_keys import signing_key, trusted
@@ -608,10 +608,16 @@ def test_a_draft_whose_run_is_dead_is_reaped(prefect_server, docker_api, busybox
     drafts = [_draft(folder / "a-run" / "lease") for folder in (here / "workspaces", tmp_path / "another" / "workspaces")]
     for draft in drafts:
         docker_api.tag(busybox, *draft.rsplit(":", 1))
+
+    def there():
+        names = {name for row in docker_api.images(name=DRAFTS) for name in row.get("RepoTags") or ()}
+        return [draft in names for draft in drafts]
+
     try:
+        sweep(settings.current(), drafts=False)
+        assert there() == [True, True]
         reap(settings.current(), now=True)
-        there = [name for row in docker_api.images(name=DRAFTS) for name in row.get("RepoTags") or ()]
-        assert [draft in there for draft in drafts] == [False, True]
+        assert there() == [False, True]
     finally:
         docker_api.remove_image(drafts[1])
 

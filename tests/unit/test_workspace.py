@@ -207,7 +207,7 @@ def test_opening_and_reaping_at_once_harm_nobody(tmp_path):
 
 
 def test_looking_for_dead_runs_never_fails_a_living_one(monkeypatch, caplog):
-    def broken(_):
+    def broken(_, **__):
         raise PermissionError(13, "Permission denied", "/elsewhere")
 
     monkeypatch.setattr(lifecycle, "sweep", broken)
