@@ -72,7 +72,9 @@ def check_writable(location: Location) -> None:
 
 
 def abandon(location: Location) -> None:
-    """Abort the uploads of a `publish` that died there: it is tried for a second. The next `publish` to the same place aborts them, too.
+    """Abort the uploads of a `publish` that died there, and remove files that it was writing: it is tried for a second.
+
+    The next `publish` to the same place does it, too.
 
     Raises:
         StoreDenied, StoreUnavailable: the store does not let us, or does not answer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -16,6 +17,9 @@ from ..manifest import MAX_LEVELS, Entry, shown
 from .transfer import CHUNK_BYTES, Location, checkpoint, translated
 
 MODE = 0o644
+
+# A file that is being written, beside everything that is the dataset's.
+_PART = re.compile(r"\.[0-9a-f]{16}\.part")
 
 KINDS = {
     stat.S_IFSOCK: "a socket",
@@ -256,7 +260,7 @@ class Folder:
         """See `Files.write`: under another name first, then renamed."""
         with translated(self._where(name), writing=True):
             path = self._room_for(name)
-            part = path.with_name(f".{secrets.token_hex(8)}.part")
+            part = self.root / f".{secrets.token_hex(8)}.part"
             try:
                 with part.open("xb") as file:
                     with suppress(PermissionError):  # some file systems have no modes
@@ -331,5 +335,9 @@ class Folder:
                         path = path.parent
                         path.rmdir()
 
-    def abandon(self, *, hurry: bool = False) -> None:
-        """See `Files.abandon`: here every listing shows them."""
+    def abandon(self, *, hurry: bool = False) -> None:  # noqa: ARG002
+        """See `Files.abandon`: what is being written lies at the root, where nothing of anybody's has such a name."""
+        with translated(str(self.root), writing=True), suppress(FileNotFoundError):
+            for path in self.root.iterdir():
+                if _PART.fullmatch(path.name):
+                    path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import DuplicateName
 from ..manifest import Entry, Summary, checked, parse_line, sort_key, to_line
 from .dataset import DATA, LOG, MANIFEST, RECORD, Published, write_manifest
-from .folder import chunks_of, opened
+from .folder import Folder, chunks_of, opened
 from .publishing import PROVISIONAL
 from .transfer import Location, files, in_order, translated
 
@@ -21,7 +21,10 @@ _FAN_IN = 64
 
 def begin(location: Location) -> None:
     """Mark the place as that of a dataset which is being written: nobody takes it for a folder of anything."""
-    files(location).write(RECORD, [PROVISIONAL], len(PROVISIONAL), last=True)
+    store = files(location)
+    if isinstance(store, Folder):
+        store.abandon()
+    store.write(RECORD, [PROVISIONAL], len(PROVISIONAL), last=True)
 
 
 def merge(location: Location, parts: Mapping[str, str | None], manifest: Path) -> Summary:

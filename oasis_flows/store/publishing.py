@@ -54,7 +54,8 @@ def publish(
     fresh = _is_fresh(store)
     store.write(RECORD, [PROVISIONAL], len(PROVISIONAL), last=True)
     with _tidied(store):
-        if not fresh:
+        # What is asked of a server is asked only where somebody was before.
+        if not fresh or isinstance(store, Folder):
             _abandon(store)
         found = walk(output) if commit else _carriable(output, skipped)
         with closing(in_order(_PublishOne(store, output, meter, strict=commit), found, tick=meter.tick)) as entries:

@@ -119,7 +119,7 @@ class Files(Protocol):
         ...
 
     def abandon(self, *, hurry: bool = False) -> None:
-        """Remove what broken-off writes left behind that no listing shows; with `hurry`, what can be done in a second or two."""
+        """Remove what writes left that were broken off, when nobody writes; with `hurry`, what can be done in a second or two."""
         ...
 
 

@@ -36,6 +36,7 @@ from oasis_flows.errors import (
 )
 from oasis_flows.manifest import Entry, Summary, parse
 from oasis_flows.store import Location, objects, publishing
+from oasis_flows.store.folder import Folder
 from oasis_flows.store.transfer import TRIED, files
 from oasis_flows.store.verdicts import Missing
 from tests.servers.faultproxy import FaultProxy, Faults, between
@@ -276,6 +277,35 @@ def test_what_a_process_leaves_that_is_killed_while_it_tries_is_taken_by_the_nex
     put_raw(place, {"a": b"1"})
     store.check_writable(place)
     assert [entry.path for entry in store.scan(place)] == ["a"]
+
+
+@pytest.mark.parametrize("written", ["task.json", "data/deep/down", "log.txt", "manifest.jsonl"])
+@pytest.mark.parametrize("then", ["published again", "forgotten"])
+def test_what_a_process_was_writing_to_a_folder_when_it_was_killed_goes(
+    publish: Callable[..., Summary], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, then: str
+) -> None:
+    place = Location(str(tmp_path / "store" / "a dataset"))
+    if not (child := os.fork()):
+        try:
+            really, fatal = Path.replace, Path(place.path) / written
+            monkeypatch.setattr(Folder, "link", lambda *_: False)
+            monkeypatch.setattr(
+                Path, "replace", lambda old, new: os.kill(os.getpid(), signal.SIGKILL) if new == fatal else really(old, new)
+            )
+            publish(place, {"deep/down": b"1"})
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert list(Path(place.path).rglob("*.part"))
+
+    if then == "forgotten":
+        store.abandon(place)
+    else:
+        publish(place, {"deep/.0123456789abcdef.part": b"2"})
+        assert "data/deep/.0123456789abcdef.part" in read_tree(Path(place.path))
+        store.abandon(place)
+        assert "data/deep/.0123456789abcdef.part" in read_tree(Path(place.path))
+    assert list(Path(place.path).glob("*.part")) == []
 
 
 @pytest.mark.parametrize("place", ["memory"], indirect=True)
