@@ -170,7 +170,8 @@ class TestNetwork:
         given = {"ADDRESSES": listener[0], "PORT": listener[1]}
         engine.run(job(self.PROBE, environment=given, sandbox=Sandbox(network=network)), log)
         said = log.text("stdout").splitlines()
-        assert said[-1] == b"tried"
+        # A cluster mixes both streams, and what nc says of a refusal may come behind it.
+        assert b"tried" in said
         assert (b"IN" in said) is network
 
 
