@@ -117,7 +117,7 @@ def sweep(settings: Settings, *, now: bool = False, drafts: bool = True) -> Reap
 
     So that a retry finds them, a dead run's container may stay for the setting `OASIS_FLOWS_RETRY_WINDOW`, unless `now`, and its
     workspace for `OASIS_FLOWS_KEEP_HOURS`. What prerequisites keep goes when no run has used it for
-    `OASIS_FLOWS_KEEP_CACHES_HOURS`. Drafts of images are left for a later call if `drafts` says so (see `Engine.reap`). A
+    `OASIS_FLOWS_KEEP_CACHES_HOURS`. Drafts of images are left for a later call where `drafts` is False (see `Engine.reap`). A
     Prefect server that does not answer is no error; the next call tells it.
 
     Raises:

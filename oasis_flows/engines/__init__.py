@@ -100,7 +100,7 @@ class Engine(Protocol):
         container is removed. Below the folder `below` lie the leases of those who ask. A container with its lease elsewhere
         may wait as long as its own job allowed, too; and only below it a lease that is gone counts as lapsed, for a container
         made at least `grace_seconds` ago. Every other container is left alone, and so is one whose lease this process may not
-        look at. Drafts of images that dead runs were making go, too, unless `drafts` says to leave them for another time: to find
+        look at. Drafts of images that dead runs were making go, too, unless `drafts` is False, which leaves them for another call: to find
         them an engine looks through all of its images.
         """
         ...
