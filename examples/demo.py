@@ -20,13 +20,16 @@ DEMO = ROOT / ".demo"
 BIN = Path(sys.executable).parent
 PID_FILE = DEMO / "server.pid"
 SERVER_LOG = DEMO / "server.log"
+SETTINGS = ROOT / "deployments" / "server.env"
 START_SECONDS = 90
 
 
 def server_settings() -> dict[str, str]:
     """The settings that we recommend for a server, and a database of the demo's own."""
-    lines = (ROOT / "deployments" / "server.env").read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if line and line[0] != "#") | {"PREFECT_HOME": str(DEMO / "prefect")}
+    home = {"PREFECT_HOME": str(DEMO / "prefect")}
+    read = ["env", "-i", *(f"{name}={value}" for name, value in home.items()), "sh", "-c", 'set -a; . "$0"; env', SETTINGS]
+    lines = subprocess.run(read, capture_output=True, text=True, check=True).stdout.splitlines()
+    return dict(line.split("=", 1) for line in lines if line.startswith(("PREFECT_", "DO_NOT_TRACK=")))
 
 
 def healthy(port: int) -> bool:

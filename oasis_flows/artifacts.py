@@ -23,6 +23,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import emit_event
 from prefect.logging import get_run_logger
 
+from .documents import patiently
 from .errors import OasisError
 from .job import counted, human_bytes
 from .manifest import Entry, Summary
@@ -37,9 +38,9 @@ _PATIENCE_SECONDS = 3.0
 
 
 def show_page(text: str, about: str) -> None:
-    """Show a page in Markdown as the run's; `about` is what lists of artifacts say of it."""
+    """Show a page in Markdown as the run's; `about` is what lists of artifacts say of it. A server that is away is waited for."""
     with harmless("The run's page"):
-        create_markdown_artifact(text, key=PAGE, description=about)
+        patiently(lambda: create_markdown_artifact(text, key=PAGE, description=about))
 
 
 def first_files(manifest: Path) -> tuple[Entry, ...]:

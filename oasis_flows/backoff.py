@@ -1,7 +1,8 @@
 """A shorter pause before what a Prefect server on SQLite refused for a moment is asked again.
 
 Such a server answers 503 when two requests write at once, which is over in milliseconds. Prefect's client then sleeps for two seconds, and twice as
-long each time, unless the answer says how long it should: so such answers are made to say it. All in all that is Prefect's minute.
+long each time. So the first few such answers are made to say when to come again, and that they do not count: what a server under maintenance says.
+From then on Prefect's own patience begins, of a minute.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from contextlib import suppress
 import httpx
 from prefect.client.orchestration import SyncPrefectClient
 
-# Where two runs write all the time, every sixth request meets one, and some meet three in a row.
-_SECONDS = (0.1, 0.4, 1.5, 15.0, 45.0)
+# Where two runs write all the time, every third request for a document meets one, and some meet five in a row.
+_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5)
 _COUNT = "oasis_flows_refused"
 
 
@@ -30,3 +31,4 @@ def _soon(response: httpx.Response) -> None:
         if count < len(_SECONDS):
             response.request.extensions[_COUNT] = count + 1
             response.headers["Retry-After"] = str(_SECONDS[count])
+            response.headers["Prefect-Maintenance"] = "true"

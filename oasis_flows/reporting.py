@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +15,7 @@ from prefect.states import Failed
 
 from . import interruption
 from .artifacts import harmless, show_files, show_page, tell_failure
-from .documents import await_server, patiently, unanswered
+from .documents import patiently, unanswered
 from .errors import InternalError, OasisError
 from .job import Reason
 from .record import Account, oasis_status, page
@@ -70,9 +69,7 @@ def _show(account: Account, verdict: Verdict) -> None:
     """Put the run's page and the list of its output files among its artifacts."""
     plan = account.plan
     what = f": {plan.algorithm_name} on {plan.dataset_name}, output {plan.document_name}" if plan else ""
-    # The state that follows cannot wait for a server: Prefect gives up after a minute, and the run would stay Running.
-    with suppress(Exception):
-        await_server()
+    # It waits for a server that is away, as the state that follows cannot: Prefect gives up after a minute, and the run would stay Running.
     show_page(page(account, verdict), f"{oasis_status(verdict)}{what}")
     if plan is not None and account.published is not None:
         show_files(account.files, account.published, plan.output.url, whole=verdict.code == Reason.OK)

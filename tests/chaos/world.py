@@ -135,10 +135,9 @@ def _database(url: str) -> dict[str, str]:
 
 def _environment(folder: Path, engine: str, store: s3.S3Server) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OASIS_", "AWS_"))}
-    settings = dict(line.split("=", 1) for line in prefect.SETTINGS.read_text().splitlines() if line and line[0] != "#")
     return {
         **inherited,
-        **settings,
+        **prefect.shipped_settings(inherited),
         **store.environment,
         "PREFECT_HOME": str(prefect.HOME),
         "PREFECT_API_URL": f"http://127.0.0.1:{prefect.PORT}/api",

@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,12 +127,19 @@ def server_process(server: PrefectServer, log: Path) -> Iterator[subprocess.Pope
 
 def client_env(port: int, prefect_home: Path, oasis_home: Path) -> dict[str, str]:
     """The environment of a server on this port, and of its clients."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OASIS_"))} | {
+    given = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OASIS_"))} | {
         "PREFECT_HOME": str(prefect_home),
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        **dict(line.split("=", 1) for line in SETTINGS.read_text().splitlines() if line and line[0] != "#"),
         "OASIS_FLOWS_HOME": str(oasis_home),
     }
+    return given | shipped_settings(given)
+
+
+def shipped_settings(given: Mapping[str, str]) -> dict[str, str]:
+    """What a shell with the environment `given` makes of the shipped settings of a server."""
+    read = ["sh", "-c", 'set -a; . "$0"; env -0', str(SETTINGS)]
+    said = subprocess.run(read, env=given, capture_output=True, text=True, check=True).stdout
+    return dict(line.split("=", 1) for line in said.split("\0") if line.startswith(("PREFECT_SERVER_", "DO_NOT_TRACK=")))
 
 
 @pytest.fixture(scope="session")
