@@ -26,10 +26,10 @@ START_SECONDS = 90
 
 def server_settings() -> dict[str, str]:
     """The settings that we recommend for a server, and a database of the demo's own."""
-    home = {"PREFECT_HOME": str(DEMO / "prefect")}
-    read = ["env", "-i", *(f"{name}={value}" for name, value in home.items()), "sh", "-c", 'set -a; . "$0"; env', SETTINGS]
-    lines = subprocess.run(read, capture_output=True, text=True, check=True).stdout.splitlines()
-    return dict(line.split("=", 1) for line in lines if line.startswith(("PREFECT_", "DO_NOT_TRACK=")))
+    given = {"PREFECT_HOME": str(DEMO / "prefect"), "PATH": os.environ["PATH"]}
+    read = ["sh", "-c", 'set -a; . "$0"; env -0', str(SETTINGS)]
+    said = subprocess.run(read, env=given, capture_output=True, text=True, check=True).stdout.split("\0")
+    return dict(line.split("=", 1) for line in said if line.startswith(("PREFECT_", "DO_NOT_TRACK=")))
 
 
 def healthy(port: int) -> bool:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
@@ -23,7 +25,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import emit_event
 from prefect.logging import get_run_logger
 
-from .documents import patiently
+from .documents import await_server
 from .errors import OasisError
 from .job import counted, human_bytes
 from .manifest import Entry, Summary
@@ -39,8 +41,13 @@ _PATIENCE_SECONDS = 3.0
 
 def show_page(text: str, about: str) -> None:
     """Show a page in Markdown as the run's; `about` is what lists of artifacts say of it. A server that is away is waited for."""
+    show = partial(create_markdown_artifact, text, key=PAGE, description=about)
     with harmless("The run's page"):
-        patiently(lambda: create_markdown_artifact(text, key=PAGE, description=about))
+        try:
+            show()
+        except (httpx.TransportError, httpx.HTTPStatusError):
+            await_server()
+            show()
 
 
 def first_files(manifest: Path) -> tuple[Entry, ...]:

@@ -135,6 +135,16 @@ def denied(error: Exception) -> ServerDenied | None:
     )
 
 
+def await_server() -> None:
+    """Return once the Prefect server answers; raises as `patiently`."""
+
+    def hello() -> None:
+        with get_client(sync_client=True) as client:
+            client.hello().raise_for_status()
+
+    patiently(hello)
+
+
 class PatientTask(Task[P, R]):
     """A task that is `placed`."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import DuplicateName
 from ..manifest import Entry, Summary, checked, parse_line, sort_key, to_line
 from .dataset import DATA, LOG, MANIFEST, RECORD, Published, write_manifest
-from .folder import Folder, chunks_of, opened
+from .folder import chunks_of, opened
 from .publishing import PROVISIONAL
 from .transfer import Location, files, in_order, translated
 
@@ -22,7 +22,7 @@ _FAN_IN = 64
 def begin(location: Location) -> None:
     """Mark the place as that of a dataset which is being written: nobody takes it for a folder of anything."""
     store = files(location)
-    if isinstance(store, Folder):
+    if location.is_local:
         store.abandon()
     store.write(RECORD, [PROVISIONAL], len(PROVISIONAL), last=True)
 

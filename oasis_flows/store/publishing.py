@@ -55,7 +55,7 @@ def publish(
     store.write(RECORD, [PROVISIONAL], len(PROVISIONAL), last=True)
     with _tidied(store):
         # What is asked of a server is asked only where somebody was before.
-        if not fresh or isinstance(store, Folder):
+        if not fresh or location.is_local:
             _abandon(store)
         found = walk(output) if commit else _carriable(output, skipped)
         with closing(in_order(_PublishOne(store, output, meter, strict=commit), found, tick=meter.tick)) as entries:

@@ -99,7 +99,9 @@ def build(folder: Path) -> Iterator[World]:
         env = _environment(folder, engine.host, store)
         api = prefect.PrefectServer(prefect.PORT, env, folder / "home")
         command = [str(prefect.BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(prefect.PORT)]
-        server = Service(command, logs / "server", lambda: _healthy(api), env | _database(database))
+        server = Service(
+            command, logs / "server", lambda: _healthy(api), prefect.with_shipped_settings(env) | _database(database)
+        )
         server.start()
         _fill(folder, store, engine, to_store.port)
         _deploy(folder, api)
@@ -128,7 +130,7 @@ def build(folder: Path) -> Iterator[World]:
 
 
 def _database(url: str) -> dict[str, str]:
-    """On SQLite a dozen runs at once can use up Prefect's pool of connections, and the server hangs for a minute."""
+    """A dozen runs at once use more connections than Prefect's pool has by default."""
     name = "PREFECT_SERVER_DATABASE_"
     return {f"{name}CONNECTION_URL": url, f"{name}SQLALCHEMY_POOL_SIZE": "20", f"{name}SQLALCHEMY_MAX_OVERFLOW": "40"}
 
@@ -137,7 +139,6 @@ def _environment(folder: Path, engine: str, store: s3.S3Server) -> dict[str, str
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OASIS_", "AWS_"))}
     return {
         **inherited,
-        **prefect.shipped_settings(inherited),
         **store.environment,
         "PREFECT_HOME": str(prefect.HOME),
         "PREFECT_API_URL": f"http://127.0.0.1:{prefect.PORT}/api",

@@ -704,6 +704,34 @@ def test_artifacts_that_prefect_does_not_take_fail_no_run(ran, flaky, monkeypatc
     )
 
 
+REFUSED = httpx.HTTPStatusError("no", request=httpx.Request("POST", "http://127.0.0.1/"), response=httpx.Response(500))
+
+
+@pytest.mark.parametrize(
+    "errors", [[httpx.ConnectError("away")], [httpx.ConnectError("away")] * 2, [REFUSED] * 2], ids=["once", "twice", "refused"]
+)
+def test_a_page_that_was_not_taken_is_shown_when_the_server_answers_and_tried_no_more(ran, monkeypatch, errors):
+    left, greeted = list(errors), []
+    create, greet = artifacts.create_markdown_artifact, artifacts.await_server
+
+    def fail(*given, **options):
+        if left:
+            raise left.pop()
+        return create(*given, **options)
+
+    monkeypatch.setattr(artifacts, "create_markdown_artifact", fail)
+    monkeypatch.setattr(artifacts, "await_server", lambda: greeted.append(greet()))
+    done = ran(FakeEngine(count))
+
+    assert done.run["state_type"] == "COMPLETED"
+    assert greeted == [None]
+    if len(errors) == 1:
+        assert "oasis-run" in done.artifacts
+    else:
+        assert "oasis-run" not in done.artifacts
+        assert done.logs(containing=f"The run's page could not be shown in Prefect: {errors[0]}")
+
+
 # A retry of the run
 
 

@@ -234,6 +234,16 @@ def test_a_server_that_stays_busy_is_waited_for_as_prefect_does(monkeypatch: pyt
     assert all(0.6 * 2**count < seconds < 1.5 * 2**count for count, seconds in enumerate(its_own, 1))
 
 
+def test_a_server_that_is_to_be_asked_once_is_asked_once():
+    """As the reaper does, which uses the client of its run."""
+    with refusing(1) as url, SyncPrefectClient(url) as client:
+        backoff.shorten(client)
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), pytest.raises(httpx.HTTPStatusError):
+            client.hello()
+
+        assert client.hello().status_code == 200
+
+
 def test_a_run_asks_again_soon(prefect_server: PrefectServer, shipped: Path, monkeypatch: pytest.MonkeyPatch):
     clients = []
     monkeypatch.setattr(backoff, "shorten", lambda client: clients.append(client))

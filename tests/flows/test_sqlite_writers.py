@@ -1,16 +1,18 @@
 """What the shipped settings do for a Prefect server on SQLite: no request is refused because another one writes."""
 
 import asyncio
+import gc
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 import httpx
 import pytest
 from sqlalchemy import create_engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from oasis_flows import Dataset
@@ -49,7 +51,7 @@ def database(tmp_path: Path) -> str:
     path = tmp_path / "test.db"
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("CREATE TABLE words (word)")
+        connection.execute("CREATE TABLE words (word NOT NULL)")
     connection.close()
     return f"sqlite+aiosqlite:///{path}"
 
@@ -63,6 +65,43 @@ def test_a_transaction_waits_for_one_that_may_write(database: str):
 def test_without_the_plugin_it_is_refused(database: str):
     with pytest.raises(OperationalError, match="database is locked"):
         asyncio.run(_read_and_write_beside_another(database))
+
+
+async def _collect_while_one_waits(url: str) -> float:
+    """A statement fails; its connection then waits for a lock that this thread holds, while this thread collects garbage. How long that took."""
+    engine = create_async_engine(url, pool_size=2, connect_args={"timeout": 2})
+    try:
+        async with engine.connect() as holder, engine.connect() as failing:
+            with pytest.raises(IntegrityError):
+                await failing.execute(text("INSERT INTO words VALUES (NULL)"))
+            await failing.rollback()
+            await failing.close()
+            await holder.exec_driver_sql("BEGIN IMMEDIATE")
+
+            async def wait() -> None:
+                async with engine.connect() as connection:
+                    await connection.exec_driver_sql("BEGIN IMMEDIATE")
+                    await connection.rollback()
+
+            waiting = asyncio.create_task(wait())
+            await asyncio.sleep(0.3)
+            began = time.monotonic()
+            gc.collect()
+            took = time.monotonic() - began
+            await holder.rollback()
+            with suppress(OperationalError):
+                await waiting
+            return took
+    finally:
+        await engine.dispose()
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+def test_what_a_failed_statement_left_holds_nobody_up(database: str, plugin: bool):
+    """Without the plugin it does. Where that ends, as SQLAlchemy closes its cursors or breaks the circle, the plugin has less to do."""
+    took = asyncio.run(_collect_while_one_waits(f"{database}?plugin=oasis_flows" if plugin else database))
+
+    assert (took > 1) is not plugin
 
 
 def test_other_statements_stay_as_they_are(database: str):

@@ -70,22 +70,12 @@ class PrefectServer:
         return done
 
     def api(self, path: str, body: object = None) -> Any:
-        """Ask the server's REST API; again where its SQLite was locked just then (503), as Prefect's own client does.
-
-        Now and then two of its own transactions wait for each other, for a minute; then nobody is answered.
-        """
+        """Ask the server's REST API."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/api{path}", data, {"Content-Type": "application/json"})
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                with direct.open(request, timeout=90) as answer:
-                    return json.loads(answer.read() or "null")
-            except urllib.error.HTTPError as error:
-                if error.code != 503 or time.monotonic() > deadline:
-                    raise
-            time.sleep(0.5)
+        with direct.open(request, timeout=90) as answer:
+            return json.loads(answer.read() or "null")
 
     def wait_for(self, run_id: str, *states: str, seconds: float = 90) -> dict[str, Any]:
         """The flow run, once its state's type is one of these."""
@@ -116,7 +106,12 @@ def server_process(server: PrefectServer, log: Path) -> Iterator[subprocess.Pope
     command = [str(BIN / "prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(server.port)]
     with log.open("ab") as said:
         process = subprocess.Popen(
-            command, env=server.env, stdout=said, stderr=said, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            env=with_shipped_settings(server.env),
+            stdout=said,
+            stderr=said,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
     try:
         _wait_until_healthy(server, process, log)
@@ -126,20 +121,19 @@ def server_process(server: PrefectServer, log: Path) -> Iterator[subprocess.Pope
 
 
 def client_env(port: int, prefect_home: Path, oasis_home: Path) -> dict[str, str]:
-    """The environment of a server on this port, and of its clients."""
-    given = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OASIS_"))} | {
+    """The environment of the clients of a server on this port."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "OASIS_"))} | {
         "PREFECT_HOME": str(prefect_home),
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "OASIS_FLOWS_HOME": str(oasis_home),
     }
-    return given | shipped_settings(given)
 
 
-def shipped_settings(given: Mapping[str, str]) -> dict[str, str]:
-    """What a shell with the environment `given` makes of the shipped settings of a server."""
+def with_shipped_settings(given: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a server, out of that of its clients: what a shell makes of the shipped settings."""
     read = ["sh", "-c", 'set -a; . "$0"; env -0', str(SETTINGS)]
     said = subprocess.run(read, env=given, capture_output=True, text=True, check=True).stdout
-    return dict(line.split("=", 1) for line in said.split("\0") if line.startswith(("PREFECT_SERVER_", "DO_NOT_TRACK=")))
+    return dict(line.split("=", 1) for line in said.split("\0") if line)
 
 
 @pytest.fixture(scope="session")
