@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import os
 import sqlite3
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,7 +18,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from oasis_flows import Dataset
-from tests.servers.prefect import PrefectServer
+from tests.servers.prefect import PrefectServer, with_shipped_settings
 
 
 async def _read_and_write_beside_another(url: str) -> list[str]:
@@ -109,6 +111,25 @@ def test_other_statements_stay_as_they_are(database: str):
     with engine.connect() as connection:
         assert connection.execute(text("SELECT 'BEGIN DEFERRED'")).scalar() == "BEGIN DEFERRED"
     engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ({"HOME": "/home/me"}, "sqlite+aiosqlite:////home/me/.prefect/prefect.db?plugin=oasis_flows"),
+        ({"HOME": "/home/me", "PREFECT_HOME": "/a b"}, "sqlite+aiosqlite:////a b/prefect.db?plugin=oasis_flows"),
+        ({"PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg://me@here/p"}, "postgresql+asyncpg://me@here/p"),
+    ],
+)
+def test_the_shipped_settings_find_the_database_and_leave_one_that_somebody_chose(given: dict[str, str], url: str):
+    settings = with_shipped_settings({"PATH": os.environ["PATH"], **given})
+
+    assert settings["PREFECT_SERVER_DATABASE_CONNECTION_URL"] == url
+
+
+def test_the_shipped_settings_make_no_database_in_the_root_folder():
+    with pytest.raises(subprocess.CalledProcessError):
+        with_shipped_settings({"PATH": os.environ["PATH"]})
 
 
 def test_a_server_with_the_shipped_settings_refuses_nobody(prefect_server: PrefectServer):
