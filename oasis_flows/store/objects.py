@@ -119,7 +119,7 @@ class Objects:
 
     def _from(self, name: str, offset: int, version: _Version, where: str) -> Iterator[bytes]:
         """The bytes from `offset` on, over one connection."""
-        with translated(where):
+        with _answered(where):
             if _awkward(self._prefix + name):
                 answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name, Range=f"bytes={offset}-")
                 version.must_be(answer["ETag"], offset + answer["ContentLength"], where)
@@ -166,7 +166,7 @@ class Objects:
 
     def size(self, name: str) -> int:
         """See `Files.size`."""
-        with translated(f"{self._url}/{name}"):
+        with _answered(f"{self._url}/{name}"):
             return int(self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)["ContentLength"])
 
     def _etag(self, name: str) -> str | None:
@@ -176,7 +176,7 @@ class Objects:
         """See `Files.delete`; a thousand at a time."""
         keys = (self._prefix + name for name in names)
         while batch := list(islice(keys, 1000)):
-            with translated(self._url, writing=True):
+            with _answered(self._url, writing=True):
                 plain = [{"Key": key} for key in batch if not _awkward(key)]
                 for key in filter(_awkward, batch):
                     self._client.delete_object(Bucket=self._bucket, Key=key)
@@ -191,7 +191,7 @@ class Objects:
     def abandon(self, *, hurry: bool = False) -> None:
         """See `Files.abandon`: uploads in parts that were broken off take room until somebody aborts them."""
         ends = time.monotonic() + HASTE.seconds if hurry else math.inf
-        with translated(self._url, writing=True):
+        with _answered(self._url, writing=True):
             client = _client(self._location, HASTE) if hurry else self._client
             pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=self._prefix)
             pages = takewhile(lambda _: time.monotonic() < ends, pages)
@@ -200,15 +200,20 @@ class Objects:
                     client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
 
+class _answered(translated):  # noqa: N801 - reads as a statement
+    """`translated`, for what botocore is asked: a time or a number in its answer that is none, or a field that it lacks."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError | KeyError):
+            raise _damaged(self._where) from error
+        super().__exit__(kind, error, trace)
+
+
 def _translated_each(pages: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:
     iterator = iter(pages)
     while True:
-        with translated(where):
-            try:
-                page = next(iterator, None)
-            except ValueError as error:
-                # A time in the answer that is none.
-                raise _damaged(where) from error
+        with _answered(where):
+            page = next(iterator, None)
         if page is None:
             return
         yield page
@@ -224,7 +229,7 @@ def _whole_page(page: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _damaged(where: str) -> StoreUnavailable:
-    return StoreUnavailable(f"The listing of {where} arrived damaged. Try again; check the network.")
+    return StoreUnavailable(f"What the store answered for {where} arrived damaged. Try again; check the network.")
 
 
 def _awkward(key: str) -> bool:

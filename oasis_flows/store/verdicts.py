@@ -142,7 +142,8 @@ def _by_code(code: str, where: str, why: str, writing: bool) -> OasisError:
         return StoreUnavailable(
             f"The store of {where} did not answer, or broke off. Try again, and check its endpoint_url. It said: {why}"
         )
-    if code in REFUSED or re.fullmatch(r"[34]\d\d|KMS\..*", code):
+    # 300, 304 and 306 answer nothing that we ask: they are 200, 204 and 206 with a bit that flipped.
+    if code in REFUSED or re.fullmatch(r"30[1278]|4\d\d|KMS\..*", code):
         return DatasetError(f"The store refused a request for {where}. Check the URL, endpoint_url and region. It said: {why}")
     return StoreUnavailable(
         f"The store refused a request for {where} with a word that S3 does not have, or that arrived damaged. Try again; check the "

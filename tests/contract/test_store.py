@@ -1026,6 +1026,31 @@ def test_a_flipped_bit_in_a_listing_is_never_blamed_on_the_data(
     assert lasting == {}
 
 
+@pytest.mark.parametrize("ask", ["size", "read", "write", "delete", "abandon"])
+def test_a_flipped_bit_in_any_answer_is_only_damage(s3_place: Location, faulty: Location, proxy: FaultProxy, ask: str) -> None:
+    # obstore cannot hold this name, so that all of them are botocore's.
+    name, files = "a\tb", store.files(faulty)
+    asked = {
+        "size": lambda: files.size(name),
+        "read": lambda: list(files.read(name)),
+        "write": lambda: files.write(name, [b"1"], 1),
+        "delete": lambda: files.delete([name, "other"]),
+        "abandon": files.abandon,
+    }[ask]
+    lasting = {}
+    for offset in range(1, 400, 4):
+        put_raw(s3_place, {name: b"1"})
+        proxy.set(Faults(flip_bit_at=offset, connections=1))
+        try:
+            asked()
+        except OasisError as error:
+            if not error.transient:
+                lasting[offset] = str(error)
+
+    assert lasting == {}
+    assert proxy.faulted
+
+
 def test_what_is_another_than_was_listed_is_listed_anew_by_another_try(
     s3_place: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
