@@ -642,6 +642,37 @@ def test_a_full_disk_is_said_so_when_publishing_and_before_fetching(
         store.stage(s3_place, small_disk / "workspace")
 
 
+def test_small_files_that_a_disk_has_no_room_for_are_never_left_half_written(
+    small_disk: Path, publish: Callable[..., Summary], s3_place: Location
+) -> None:
+    # Their bytes are half of the disk, and their blocks are more than all of it.
+    content = {f"{number}": os.urandom(1500) for number in range(1500)}
+    publish(s3_place, content)
+    with pytest.raises(StoreFull, match="no room left"):
+        store.stage(s3_place, small_disk)
+    come = read_tree(small_disk / "input")
+    assert come.items() <= content.items()
+    assert come
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    folder, _ = store.stage(s3_place, small_disk)
+    assert read_tree(folder) == content
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_a_file_that_stands_where_one_is_fetched_is_replaced_and_never_written_to(
+    s3_place: Location, publish: Callable[..., Summary], tmp_path: Path, size: int
+) -> None:
+    content = {"folder/a": os.urandom(size)}
+    publish(s3_place, content)
+    users = tmp_path / "a file of the user's"
+    users.write_bytes(b"theirs")
+    (tmp_path / "workspace/input/folder").mkdir(parents=True)
+    (tmp_path / "workspace/input/folder/a").hardlink_to(users)
+    folder, _ = store.stage(s3_place, tmp_path / "workspace")
+    assert read_tree(folder) == content
+    assert users.read_bytes() == b"theirs"
+
+
 def test_a_store_that_is_mounted_read_only_is_said_so(small_disk: Path, publish: Callable[..., Summary]) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(StoreDenied, match="Read-only file system"):
