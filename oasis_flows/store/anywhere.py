@@ -41,7 +41,7 @@ class Anywhere:
         for path, facts in sorted(found.items(), key=lambda item: sort_key(item[0])):
             yield Entry(path[len(top) + 1 :], int(facts["size"] or 0), etag=facts.get("ETag"))
 
-    def read(self, name: str, *, start: int = 0, etag: str | None = None, about: int | None = None) -> Iterator[bytes]:  # noqa: ARG002
+    def read(self, name: str, *, start: int = 0, etag: str | None = None, has_digest: bool = False) -> Iterator[bytes]:  # noqa: ARG002
         """See `Files.read`; without the resuming, which is the driver's."""
         with translated(f"{self._url}/{name}"):
             self._require_file(self._path(name))

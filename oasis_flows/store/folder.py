@@ -216,7 +216,7 @@ class Folder:
         for found in walk(top):
             yield Entry(found.name, found.bytes, etag=found.etag)
 
-    def read(self, name: str, *, start: int = 0, etag: str | None = None, about: int | None = None) -> Iterator[bytes]:  # noqa: ARG002
+    def read(self, name: str, *, start: int = 0, etag: str | None = None, has_digest: bool = False) -> Iterator[bytes]:  # noqa: ARG002
         """See `Files.read`."""
         with self._opened(name, etag) as file:
             os.lseek(file, start, os.SEEK_SET)

@@ -6,7 +6,6 @@ keep the order, and stops at names with control characters, which it cannot read
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import math
 import os
@@ -14,8 +13,8 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property, lru_cache
@@ -29,9 +28,10 @@ from obstore.store import S3Store
 
 from ..errors import DatasetChanged, DatasetError, StoreDenied, StoreUnavailable
 from ..manifest import Entry
-from .transfer import CHUNK_BYTES, Location, checkpoint, pause, soon, translated, turn, wait
+from .transfer import CHUNK_BYTES, Location, checkpoint, pause, translated, turn, wait
 
 if TYPE_CHECKING:
+    from obstore import BytesStream, GetOptions
     from obstore.store import ClientConfig, S3Credential
 
 R = TypeVar("R")
@@ -40,8 +40,11 @@ PART_BYTES = 5 << 20
 SINGLE_PUT_BYTES = 1 << 20
 TINY_BYTES = 64 << 10
 MOST_PARTS = 9000
-# What is moved at once blocks its thread, and whoever stops a transfer waits so long for it at most.
+# What is moved at once blocks its thread, and whoever stops a transfer waits so long for it at most. Where less than this comes in that
+# time, all is asked for patiently for a while.
 AT_ONCE_SECONDS = 1.0
+ENOUGH_BYTES = 1 << 20
+PIECE_BYTES = 256 << 10
 PATIENT_SECONDS = 60.0
 # Each holds up to three parts; together with the small files of all workers about 64 MiB.
 _large_uploads = threading.BoundedSemaphore(3)
@@ -94,28 +97,39 @@ class Objects:
                 if item["Size"] or not item["Key"].endswith("/"):
                     yield Entry(item["Key"][len(top) :], item["Size"], etag=_bare(item.get("ETag")))
 
-    def read(self, name: str, *, start: int = 0, etag: str | None = None, about: int | None = None) -> Iterator[bytes]:
+    def read(self, name: str, *, start: int = 0, etag: str | None = None, has_digest: bool = False) -> Iterator[bytes]:
         """See `Files.read`. It goes on from where a connection broke, as long as each attempt brings something."""
         where, version, offset, failures = f"{self._url}/{name}", _Version(etag, lambda: self._etag(name)), start, 0
-        is_tiny = about is not None and about <= TINY_BYTES and not start and not _awkward(self._prefix + name)
-        if is_tiny and (tiny := self._connection.tiny(self._prefix + name)) is not None:
-            content, found = tiny
-            if version.is_(found):
-                yield content
-                return
+        may_haste = has_digest and not _awkward(self._prefix + name)
         while version.size is None or offset < version.size:
+            in_haste = may_haste and not self._connection.is_patient
             try:
-                for chunk in self._from(name, offset, version, where):
+                for chunk in (self._at_once if in_haste else self._from)(name, offset, version, where):
                     offset, failures = offset + len(chunk), 0
                     yield chunk
-                version.must_end(offset, where)
+                if not in_haste:
+                    version.must_end(offset, where)
             except StoreUnavailable:
                 failures += 1
                 if failures >= PATIENCE.attempts:
                     raise
                 pause(0.2 * 2**failures)
-            else:
+
+    def _at_once(self, name: str, offset: int, version: _Version, where: str) -> Iterator[bytes]:
+        """What comes within `AT_ONCE_SECONDS` from `offset` on, in this very thread."""
+        options: GetOptions = {"range": {"offset": offset}} if offset else {}
+        reached = offset
+        with translated(where):
+            result = self._connection.at_once(lambda store: obstore.get(store, self._prefix + name, options=options))
+            if result is None:
                 return
+            version.must_be(result.meta["e_tag"], result.meta["size"], where)
+            with suppress(BaseError):
+                for piece in result.stream(min_chunk_size=PIECE_BYTES):
+                    reached += len(piece)
+                    yield bytes(piece)
+        if reached < min(result.meta["size"], offset + ENOUGH_BYTES):
+            self._connection.be_patient()
 
     def _from(self, name: str, offset: int, version: _Version, where: str) -> Iterator[bytes]:
         """The bytes from `offset` on, over one connection."""
@@ -125,10 +139,10 @@ class Objects:
                 version.must_be(answer["ETag"], offset + answer["ContentLength"], where)
                 yield from answer["Body"].iter_chunks(CHUNK_BYTES)
                 return
-            with closing(_Stream(self._connection, self._prefix + name, offset, where)) as stream:
-                version.must_be(stream.etag, stream.size, where)
-                while (chunk := stream.next()) is not None:
-                    yield chunk
+            stream = _Stream(self._connection, self._prefix + name, offset, where)
+            version.must_be(stream.etag, stream.size, where)
+            while (chunk := stream.next()) is not None:
+                yield chunk
 
     def write(self, name: str, chunks: Iterable[bytes], size: int, *, last: bool = False) -> None:  # noqa: ARG002
         """See `Files.write`. Small objects take one request, large ones are sent in parts."""
@@ -143,10 +157,10 @@ class Objects:
                     self._put_parts(key, chunks, max(PART_BYTES, size // MOST_PARTS))
 
     def _put(self, key: str, body: bytes) -> None:
-        connection, is_tiny = self._connection, len(body) <= TINY_BYTES
-        if is_tiny and connection.at_once(lambda store: obstore.put(store, key, body, use_multipart=False)) is not None:
+        connection = self._connection
+        if connection.at_once(lambda store: obstore.put(store, key, body, use_multipart=False)) is not None:
             return
-        writes = connection.tiny_writes if is_tiny else connection.writes
+        writes = connection.tiny_writes if len(body) <= TINY_BYTES else connection.writes
         wait(lambda: obstore.put_async(writes, key, body, use_multipart=False))
 
     def _put_parts(self, key: str, chunks: Iterable[bytes], part_bytes: int) -> None:
@@ -315,19 +329,23 @@ class _Connection:
 
         `None` where it did not come, whyever, so that it is asked for patiently; so is all else for a while.
         """
-        if time.monotonic() < self._patient_until:
+        if self.is_patient:
             return None
         checkpoint()
         try:
             return ask(self._hasty)
         except BaseError:
-            self._patient_until = time.monotonic() + PATIENT_SECONDS
+            self.be_patient()
             return None
 
-    def tiny(self, key: str) -> tuple[bytes, str | None] | None:
-        """A small object's bytes and etag, at once; `None` where it did not come, or not as its etag says."""
-        found = self.at_once(lambda store: _whole(obstore.get(store, key)))
-        return found if found is None or not (self.etags_tell and _is_other(*found)) else None
+    @property
+    def is_patient(self) -> bool:
+        """Has something not come at once, a while ago?"""
+        return time.monotonic() < self._patient_until
+
+    def be_patient(self) -> None:
+        """Let nothing be asked for at once for a while."""
+        self._patient_until = time.monotonic() + PATIENT_SECONDS
 
     def _store(self, seconds: float, retries: int, in_all: timedelta = timedelta(days=7)) -> S3Store:
         endpoint = self.client.meta.endpoint_url
@@ -398,13 +416,9 @@ class _Version:
         self._etag = wanted
         self.size: int | None = None
 
-    def is_(self, etag: str | None) -> bool:
-        """Has the object that is wanted this etag?"""
-        return self._etag in (None, _bare(etag))
-
     def must_be(self, etag: str | None, size: int, where: str) -> None:
         """Note what answered, or raise if it is another object, which a bit that flipped in an answer's head looks like."""
-        if not self.is_(etag):
+        if self._etag not in (None, _bare(etag)):
             if self._wanted and self._now() != self._wanted:
                 raise DatasetChanged(f"{where} was changed while it was read. Run it again once nobody writes there.")
             raise StoreUnavailable(f"{where} was changed while it was read, or arrived damaged. Try again.")
@@ -416,11 +430,6 @@ class _Version:
             raise StoreUnavailable(f"{where} broke off after {offset} of {self.size} bytes. Try again.")
 
 
-def _whole(result: obstore.GetResult) -> tuple[bytes, str | None] | None:
-    """The bytes and the etag, unless it is not small (any more)."""
-    return (bytes(result.bytes()), result.meta["e_tag"]) if result.meta["size"] <= TINY_BYTES else None
-
-
 def _is_other(content: bytes, etag: str | None) -> bool:
     """Is it not what the etag says, if that is an MD5?"""
     promised = _bare(etag)
@@ -428,14 +437,13 @@ def _is_other(content: bytes, etag: str | None) -> bool:
 
 
 class _Stream:
-    """One GET. While a piece is worked on, the next one is on its way.
+    """One GET, which ends at once when its thread has to stop.
 
     A small object is compared with its etag: a record or a ledger has no digest of ours.
     """
 
     def __init__(self, connection: _Connection, key: str, offset: int, where: str) -> None:
-        self._chunks: AsyncIterator[bytes] | None = None
-        self._coming: asyncio.Task[bytes | None] | None = None
+        self._pieces: BytesStream | None = None
         self._whole: bytes | None = None
         wait(lambda: self._open(connection, key, offset, where))
 
@@ -450,35 +458,16 @@ class _Stream:
                     raise StoreUnavailable(f"{where} arrived damaged. Try again; check the network.")
                 connection.etags_tell = again.meta["e_tag"] != self.etag
         else:
-            self._chunks = aiter(result.stream(min_chunk_size=CHUNK_BYTES))
-            self._fetch_ahead(self._chunks)
+            self._pieces = result.stream(min_chunk_size=CHUNK_BYTES)
 
     def next(self) -> bytes | None:
         """The next piece, `None` at the end."""
-        if self._chunks is None:
+        if self._pieces is None:
             whole, self._whole = self._whole, None
             return whole or None
         return wait(self._next)
 
     async def _next(self) -> bytes | None:
-        assert self._chunks is not None  # noqa: S101
-        assert self._coming is not None  # noqa: S101
-        chunk = await self._coming
-        if chunk is not None:
-            self._fetch_ahead(self._chunks)
-        return chunk
-
-    def _fetch_ahead(self, chunks: AsyncIterator[bytes]) -> None:
-        self._coming = asyncio.create_task(self._read(chunks))
-        # Of a piece that nobody takes any more, asyncio would tell the failure on the terminal.
-        self._coming.add_done_callback(lambda task: task.cancelled() or task.exception())
-
-    async def _read(self, chunks: AsyncIterator[bytes]) -> bytes | None:
-        async for chunk in chunks:
-            return bytes(chunk)
-        return None
-
-    def close(self) -> None:
-        """Give up what is still on its way."""
-        if self._coming is not None:
-            soon(self._coming.cancel)
+        assert self._pieces is not None  # noqa: S101
+        piece = await anext(self._pieces, None)
+        return None if piece is None else bytes(piece)

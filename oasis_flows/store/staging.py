@@ -267,7 +267,7 @@ class _FetchOne:
         draft = _Draft(f"{self.parts}/{_PROCESS}-{next(_numbers)}")
         with translated(target, writing=True):
             try:
-                chunks = self.store.read(wanted.at or wanted.path, etag=wanted.etag, about=wanted.bytes)
+                chunks = self.store.read(wanted.at or wanted.path, etag=wanted.etag, has_digest=True)
                 for chunk in reading.through(chunks):
                     checkpoint()
                     draft.write(chunk)

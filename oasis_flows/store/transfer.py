@@ -95,10 +95,10 @@ class Files(Protocol):
         """Every file below `folder` ("" or a name that ends with "/"), names relative to it, sorted; not yet checked."""
         ...
 
-    def read(self, name: str, *, start: int = 0, etag: str | None = None, about: int | None = None) -> Iterator[bytes]:
+    def read(self, name: str, *, start: int = 0, etag: str | None = None, has_digest: bool = False) -> Iterator[bytes]:
         """The bytes from `start` on, in pieces of about a MiB; survives a connection that breaks.
 
-        `about` how large it is, where that is known, helps to read it fast.
+        With `has_digest`, its caller has a digest to compare the bytes with: then they need not be compared here, and come faster.
 
         Raises:
             Missing: there is no such file.
@@ -258,11 +258,6 @@ def wait(start: Callable[[], Awaitable[T]]) -> T:
     except BaseException:
         future.cancel()
         raise
-
-
-def soon(call: Callable[[], object]) -> None:
-    """Have it called in the thread that `wait` lets its awaitables run in."""
-    _loop().call_soon_threadsafe(call)
 
 
 def in_order(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import obstore
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -920,11 +921,45 @@ def test_what_does_not_come_at_once_is_asked_for_patiently_and_all_else_is_for_a
     publish(slow, content)
     folder, _ = store.stage(slow, tmp_path / "workspace")
     assert read_tree(folder) == content
-    bucket, _, prefix = s3_place.path.partition("/")
-    connection = objects._Connection(bucket, slow)
+    connection = objects._Connection(s3_place.path.partition("/")[0], slow)
     assert connection.at_once(lambda _: "asked") == "asked"
-    assert connection.tiny(f"{prefix}/task.json") is None
+    assert connection.at_once(lambda there: obstore.get(there, "any")) is None
     assert connection.at_once(lambda _: "asked") is None
+
+
+@pytest.mark.parametrize(("enough", "is_patient"), [(64 << 10, False), (1 << 20, True)])
+def test_a_large_file_is_fetched_at_once_as_long_as_enough_of_it_comes(
+    s3_place: Location,
+    proxy: FaultProxy,
+    publish: Callable[..., Summary],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    enough: int,
+    is_patient: bool,
+) -> None:
+    for name, value in (("AT_ONCE_SECONDS", 0.1), ("ENOUGH_BYTES", enough), ("PIECE_BYTES", 16 << 10)):
+        monkeypatch.setattr(objects, name, value)
+    asked, told = list[int](), list[bool]()
+    really = objects.Objects._at_once
+
+    def at_once(self: objects.Objects, name: str, offset: int, *rest: Any) -> Iterator[bytes]:
+        asked.append(offset)
+        return really(self, name, offset, *rest)
+
+    monkeypatch.setattr(objects.Objects, "_at_once", at_once)
+    monkeypatch.setattr(
+        objects._Connection, "be_patient", lambda self: (told.append(True), setattr(self, "_patient_until", 1e99))
+    )
+    content = {"big": os.urandom(4 << 20)}
+    publish(s3_place, content)
+    slow = Location(s3_place.url, {**s3_place.options, "endpoint_url": f"http://127.0.0.1:{proxy.port}"})
+    proxy.set(Faults(bytes_per_second=5e6))
+    folder, _ = store.stage(slow, tmp_path / "workspace")
+    assert read_tree(folder) == content
+    assert bool(told) is is_patient
+    assert asked == sorted(set(asked))
+    assert (len(asked) >= 3) is not is_patient
 
 
 def test_a_flipped_bit_is_detected_and_the_file_fetched_again(
