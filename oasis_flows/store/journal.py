@@ -7,7 +7,7 @@ memory does not grow with its length. Lines that a crash cut are left out.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from itertools import groupby
@@ -45,6 +45,16 @@ class Journal:
                     previous = sort_key(entry.path)
                 at += len(line)
         return list(zip(starts, [*starts[1:], at], strict=True))
+
+    def keep(self, entries: Iterable[Entry]) -> None:
+        """Forget all but these, which are sorted, once all of them have been taken."""
+        if not self._path.exists():
+            return
+        kept = self._path.with_name(f"{self._path.name}.part")
+        with translated(str(self._path), writing=True):
+            with kept.open("wb") as file:
+                file.writelines(map(to_line, entries))
+            kept.replace(self._path)
 
     @contextmanager
     def appending(self) -> Iterator[Callable[[Entry], None]]:

@@ -29,6 +29,7 @@ from obstore.store import S3Store
 from ..errors import DatasetChanged, DatasetError, StoreDenied, StoreUnavailable
 from ..manifest import Entry
 from .transfer import CHUNK_BYTES, Location, checkpoint, pause, translated, turn, wait
+from .verdicts import OutOfRange
 
 if TYPE_CHECKING:
     from obstore import BytesStream, GetOptions
@@ -40,11 +41,13 @@ PART_BYTES = 5 << 20
 SINGLE_PUT_BYTES = 1 << 20
 TINY_BYTES = 64 << 10
 MOST_PARTS = 9000
-# What is moved at once blocks its thread, and whoever stops a transfer waits so long for it at most. Where less than this comes in that
-# time, all is asked for patiently for a while.
+# What is moved at once blocks its thread, and whoever stops a transfer waits so long for it at most. Where less than enough comes in that
+# time, all is asked for patiently for a while; where less than ample, the rest of that object is.
 AT_ONCE_SECONDS = 1.0
-ENOUGH_BYTES = 1 << 20
+ENOUGH_BYTES, AMPLE_BYTES = 1 << 20, 32 << 20
 PIECE_BYTES = 256 << 10
+# botocore returns when all of a piece is there, and cannot be told to stop.
+AWKWARD_PIECE_BYTES = 16 << 10
 PATIENT_SECONDS = 60.0
 # Each holds up to three parts; together with the small files of all workers about 64 MiB.
 _large_uploads = threading.BoundedSemaphore(3)
@@ -102,13 +105,23 @@ class Objects:
         where, version, offset, failures = f"{self._url}/{name}", _Version(etag, lambda: self._etag(name)), start, 0
         may_haste = has_digest and not _awkward(self._prefix + name)
         while version.size is None or offset < version.size:
-            in_haste = may_haste and not self._connection.is_patient
+            in_haste, began = may_haste and not self._connection.is_patient, offset
             try:
                 for chunk in (self._at_once if in_haste else self._from)(name, offset, version, where):
                     offset, failures = offset + len(chunk), 0
                     yield chunk
                 if not in_haste:
                     version.must_end(offset, where)
+                elif version.size is not None and offset < version.size:
+                    # What was on its way when the time was up is lost, and a connection that is new is slow.
+                    may_haste = offset - began >= AMPLE_BYTES
+                    if offset - began < ENOUGH_BYTES:
+                        self._connection.be_patient()
+            except OutOfRange as error:
+                if offset > start:
+                    # An answer said that the object is larger than it is.
+                    raise _damaged(where) from error
+                raise
             except StoreUnavailable:
                 failures += 1
                 if failures >= PATIENCE.attempts:
@@ -118,7 +131,6 @@ class Objects:
     def _at_once(self, name: str, offset: int, version: _Version, where: str) -> Iterator[bytes]:
         """What comes within `AT_ONCE_SECONDS` from `offset` on, in this very thread."""
         options: GetOptions = {"range": {"offset": offset}} if offset else {}
-        reached = offset
         with translated(where):
             result = self._connection.at_once(lambda store: obstore.get(store, self._prefix + name, options=options))
             if result is None:
@@ -126,10 +138,7 @@ class Objects:
             version.must_be(result.meta["e_tag"], result.meta["size"], where)
             with suppress(BaseError):
                 for piece in result.stream(min_chunk_size=PIECE_BYTES):
-                    reached += len(piece)
                     yield bytes(piece)
-        if reached < min(result.meta["size"], offset + ENOUGH_BYTES):
-            self._connection.be_patient()
 
     def _from(self, name: str, offset: int, version: _Version, where: str) -> Iterator[bytes]:
         """The bytes from `offset` on, over one connection."""
@@ -137,7 +146,7 @@ class Objects:
             if _awkward(self._prefix + name):
                 answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name, Range=f"bytes={offset}-")
                 version.must_be(answer["ETag"], offset + answer["ContentLength"], where)
-                yield from answer["Body"].iter_chunks(CHUNK_BYTES)
+                yield from answer["Body"].iter_chunks(AWKWARD_PIECE_BYTES)
                 return
             stream = _Stream(self._connection, self._prefix + name, offset, where)
             version.must_be(stream.etag, stream.size, where)
@@ -184,7 +193,8 @@ class Objects:
             return int(self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)["ContentLength"])
 
     def _etag(self, name: str) -> str | None:
-        return _bare(self._client.head_object(Bucket=self._bucket, Key=self._prefix + name).get("ETag"))
+        with _answered(f"{self._url}/{name}"):
+            return _bare(self._client.head_object(Bucket=self._bucket, Key=self._prefix + name).get("ETag"))
 
     def delete(self, names: Iterable[str]) -> None:
         """See `Files.delete`; a thousand at a time."""
@@ -218,7 +228,7 @@ class _answered(translated):  # noqa: N801 - reads as a statement
     """`translated`, for what botocore is asked: a time or a number in its answer that is none, or a field that it lacks."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError | KeyError):
+        if isinstance(error, ValueError | KeyError) and not isinstance(error, UnicodeEncodeError):
             raise _damaged(self._where) from error
         super().__exit__(kind, error, trace)
 

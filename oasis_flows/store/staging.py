@@ -130,7 +130,8 @@ def _mismatch(where: str, wanted: Entry, found: Entry) -> DatasetError:
         )
     return ChecksumMismatch(
         f"{wanted.path!r} in {where} is not what was published. Wanted: {wanted.bytes} bytes, {wanted.sha256}; "
-        f"found: {found.bytes} bytes, {found.sha256}. Restore it, or publish the dataset again."
+        f"found: {'more' if found.bytes > wanted.bytes else f'{found.bytes} bytes, {found.sha256}'}. "
+        "Restore it, or publish the dataset again."
     )
 
 
@@ -159,11 +160,13 @@ class _Fetch:
         total = write_manifest(checked(self.entries()), listing)
         _require_files(total, self.location.url)
         self._prepare(listing, parts)
+        # What is replaced may be another of the same size when this ends before it is noted.
+        journal.keep(self._held(listing, journal))
         if not (self.link and self.location.is_local):
             self._require_room(total.size_bytes - sum(entry.bytes for entry in journal.entries()))
         meter = Meter(self.progress, total.file_count, total.size_bytes)
         one = _FetchOne(files(self.location), str(self.into), str(parts), meter, self.link)
-        todo = self._compared_with(listing, journal)
+        todo = ((wanted, had) for wanted, had in paired(read_manifest(listing), journal.entries()) if wanted is not None)
         with journal.appending() as note, closing(in_order(one, todo, tick=meter.tick)) as fetched:
             summary = write_manifest(_noted(fetched, note, meter), manifest)
         meter.tick(last=True)
@@ -188,11 +191,11 @@ class _Fetch:
                 f"and has {human_bytes(free)} free. Free some space, or put the workspace on another disk."
             )
 
-    def _compared_with(self, listing: Path, journal: Journal) -> Iterator[tuple[Entry, Entry | None]]:
-        """Every file of the listing, with what is here of it already."""
+    def _held(self, listing: Path, journal: Journal) -> Iterator[Entry]:
+        """What is here already of what is wanted."""
         for wanted, had in paired(read_manifest(listing), journal.entries()):
-            if wanted is not None:
-                yield wanted, had if had is not None and self._holds(wanted, had) else None
+            if wanted is not None and had is not None and self._holds(wanted, had):
+                yield had
 
     def _holds(self, wanted: Entry, had: Entry) -> bool:
         version = had.sha256 == wanted.sha256 if wanted.sha256 else bool(wanted.etag) and had.etag == wanted.etag
@@ -267,9 +270,12 @@ class _FetchOne:
         draft = _Draft(f"{self.parts}/{_PROCESS}-{next(_numbers)}")
         with translated(target, writing=True):
             try:
-                chunks = self.store.read(wanted.at or wanted.path, etag=wanted.etag, has_digest=True)
+                has_digest = bool(wanted.sha256 or wanted.etag)
+                chunks = self.store.read(wanted.at or wanted.path, etag=wanted.etag, has_digest=has_digest)
                 for chunk in reading.through(chunks):
                     checkpoint()
+                    if wanted.sha256 and reading.size > wanted.bytes:
+                        break
                     draft.write(chunk)
                 got = reading.entry(wanted.path, wanted.etag)
                 right = got.bytes == wanted.bytes and reading.md5 == promised_md5 and wanted.sha256 in (None, got.sha256)
@@ -317,6 +323,7 @@ class _Draft:
         except FileNotFoundError:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             Path(self._part).replace(target)
+        self._file = None
 
     def _create(self, target: str) -> None:
         try:

@@ -96,7 +96,7 @@ class Files(Protocol):
         ...
 
     def read(self, name: str, *, start: int = 0, etag: str | None = None, has_digest: bool = False) -> Iterator[bytes]:
-        """The bytes from `start` on, in pieces of about a MiB; survives a connection that breaks.
+        """The bytes from `start` on, in pieces of a MiB at most; survives a connection that breaks.
 
         With `has_digest`, its caller has a digest to compare the bytes with: then they need not be compared here, and come faster.
 

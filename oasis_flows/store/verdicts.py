@@ -23,6 +23,10 @@ class Missing(DatasetNotFound):
     """The folder or bucket may be there, but this file is not."""
 
 
+class OutOfRange(DatasetError):
+    """The file has fewer bytes than those that were asked for."""
+
+
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
@@ -142,9 +146,10 @@ def _by_code(code: str, where: str, why: str, writing: bool) -> OasisError:
         return StoreUnavailable(
             f"The store of {where} did not answer, or broke off. Try again, and check its endpoint_url. It said: {why}"
         )
-    # 300, 304 and 306 answer nothing that we ask: they are 200, 204 and 206 with a bit that flipped.
-    if code in REFUSED or re.fullmatch(r"30[1278]|4\d\d|KMS\..*", code):
-        return DatasetError(f"The store refused a request for {where}. Check the URL, endpoint_url and region. It said: {why}")
+    # A status that S3 does not answer is one that it does, such as 206 or 404, with a bit that flipped.
+    if code in REFUSED or re.fullmatch(r"30[1278]|4(0[09]|1[1236])|KMS\..*", code):
+        kind = OutOfRange if code in ("InvalidRange", "416") else DatasetError
+        return kind(f"The store refused a request for {where}. Check the URL, endpoint_url and region. It said: {why}")
     return StoreUnavailable(
         f"The store refused a request for {where} with a word that S3 does not have, or that arrived damaged. Try again; check the "
         f"network, the URL, endpoint_url and region. It said: {why}"
