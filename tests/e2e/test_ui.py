@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Error, Locator, Page, Route, expect, sync_playwright
 
 from oasis_flows import Algorithm, Dataset, DockerImage, algorithm_task
 from tests.e2e.test_cancel import GRACE, assert_no_dataset
@@ -60,7 +60,13 @@ def page(chromium: Browser, deployed: PrefectServer, request: pytest.FixtureRequ
             route.continue_()
         elif route.request.url.startswith(f"{deployed.url}/"):
             # Asked by the driver: Chromium breaks off what it loads when a network of the machine comes or goes, as an engine's do.
-            route.fulfill(response=route.fetch(timeout=90_000))
+            # It keeps its connections, which the server closes after five seconds without a request: one may cross that.
+            # Retried is a reset connection, nothing else; what fails is told at once, for the page would wait for ever.
+            try:
+                route.fulfill(response=route.fetch(timeout=90_000, max_retries=3))
+            except Error as error:
+                print(f"{route.request.method} {route.request.url} was not answered: {error}")
+                route.abort()
         else:
             route.abort()
 
