@@ -9,7 +9,7 @@ import fsspec
 
 from ..errors import DatasetError
 from ..manifest import Entry, sort_key
-from .transfer import CHUNK_BYTES, Location, checkpoint, translated
+from .transfer import CHUNK_BYTES, Chunk, Location, checkpoint, translated
 
 
 class Anywhere:
@@ -55,7 +55,7 @@ class Anywhere:
         if not self._system.isfile(path):
             raise FileNotFoundError(path)
 
-    def write(self, name: str, chunks: Iterable[bytes], size: int, *, last: bool = False) -> None:  # noqa: ARG002
+    def write(self, name: str, chunks: Iterable[Chunk], size: int, *, last: bool = False) -> None:  # noqa: ARG002
         """See `Files.write`."""
         path = self._path(name)
         with translated(f"{self._url}/{name}", writing=True):

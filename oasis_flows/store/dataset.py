@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 from ..errors import DatasetError, DatasetNotFound, StoreUnavailable
 from ..manifest import Entry, Summary, Tally, checked, parse, parse_line, sort_key
 from .folder import Found, chunks_of, opened, walk
-from .transfer import Files, Location, Meter, files, in_order, translated
+from .transfer import Chunk, Files, Location, Meter, files, in_order, translated
 from .verdicts import Missing
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Chunk)
 
 DATA, LOG, RECORD, MANIFEST = "data/", "log.txt", "task.json", "manifest.jsonl"
 MARKER, BATCH = "oasis_flows", "batch"
@@ -271,7 +272,7 @@ class Reading:
         self._md5 = hashlib.md5(usedforsecurity=False) if md5 else None
         self.size = 0
 
-    def through(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    def through(self, chunks: Iterable[C]) -> Iterator[C]:
         """Pass the bytes on."""
         for chunk in chunks:
             self._sha256.update(chunk)

@@ -7,19 +7,25 @@ import re
 import secrets
 import stat
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path, PurePosixPath
+from weakref import finalize
 
 from ..errors import DatasetError, UnsafeName
 from ..manifest import MAX_LEVELS, Entry, shown
-from .transfer import CHUNK_BYTES, Location, checkpoint, translated
+from .transfer import CHUNK_BYTES, Chunk, Location, checkpoint, translated
 
 MODE = 0o644
 
 # A file that is being written, beside everything that is the dataset's.
 _PART = re.compile(r"\.[0-9a-f]{16}\.part")
+
+# Chunks are freed by other threads than those that read them, and in another order: of malloc they would take half as much again.
+_free: deque[mmap] = deque(maxlen=16)
 
 KINDS = {
     stat.S_IFSOCK: "a socket",
@@ -163,14 +169,21 @@ def opened(root: Path, name: str) -> Iterator[int]:
         os.close(file)
 
 
-def chunks_of(descriptor: int, where: str) -> Iterator[bytes]:
-    """What is in an open file, a MiB at a time."""
+def chunks_of(descriptor: int, where: str) -> Iterator[memoryview]:
+    """What is in an open file, a MiB at a time. The memory is used again as soon as nobody has the chunk any more."""
     while True:
         checkpoint()
+        try:
+            memory = _free.pop()
+        except IndexError:
+            memory = mmap(-1, CHUNK_BYTES, MAP_PRIVATE | MAP_ANONYMOUS)
         with translated(where):
-            chunk = os.read(descriptor, CHUNK_BYTES)
-        if not chunk:
+            count = os.readv(descriptor, [memory])
+        if not count:
+            _free.append(memory)
             return
+        chunk = memoryview(memory)[:count]
+        finalize(chunk, _free.append, memory).atexit = False
         yield chunk
 
 
@@ -220,7 +233,7 @@ class Folder:
         """See `Files.read`."""
         with self._opened(name, etag) as file:
             os.lseek(file, start, os.SEEK_SET)
-            yield from chunks_of(file, self._where(name))
+            yield from map(bytes, chunks_of(file, self._where(name)))
 
     def _real(self, name: str) -> str:
         with translated(self._where(name)):
@@ -256,7 +269,7 @@ class Folder:
             path.unlink(missing_ok=True)
             return _link(descriptor, path)
 
-    def write(self, name: str, chunks: Iterable[bytes], size: int, *, last: bool = False) -> None:  # noqa: ARG002
+    def write(self, name: str, chunks: Iterable[Chunk], size: int, *, last: bool = False) -> None:  # noqa: ARG002
         """See `Files.write`: under another name first, then renamed."""
         with translated(self._where(name), writing=True):
             path = self._room_for(name)

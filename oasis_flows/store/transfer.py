@@ -26,6 +26,7 @@ from ..errors import DatasetError, OasisError
 from ..manifest import Entry
 from .verdicts import verdict
 
+Chunk = bytes | memoryview
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -106,7 +107,7 @@ class Files(Protocol):
         """
         ...
 
-    def write(self, name: str, chunks: Iterable[bytes], size: int, *, last: bool = False) -> None:
+    def write(self, name: str, chunks: Iterable[Chunk], size: int, *, last: bool = False) -> None:
         """Write a file of about `size` bytes, whole or not at all; `last` means that it must survive a power cut."""
         ...
 
