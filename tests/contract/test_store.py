@@ -635,6 +635,33 @@ def test_a_hundred_thousand_local_files_are_scanned_in_little_memory(quick_disk:
     assert kib < 4096
 
 
+def test_files_of_all_sizes_are_published_to_s3_in_little_memory(s3_place: Location, tmp_path: Path) -> None:
+    for megabytes, count in ((64, 6), (5, 24), (1, 48)):
+        for number in range(count):
+            path = tmp_path / f"output/{number}/{megabytes}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.truncate(megabytes << 20)
+    (tmp_path / "log").touch()
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small/file").touch()
+    program = (
+        "import json, pathlib, re, sys; from oasis_flows import store\n"
+        # `ru_maxrss` would be the parent's, where that had more.
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "here = pathlib.Path(sys.argv[1]); place = store.Location(sys.argv[2], json.loads(sys.stdin.read()))\n"
+        "done = lambda name: store.publish(here / name, place.child(name), log=here / 'log', record=lambda _: b'{}', workspace=here, "
+        "commit=True)\n"
+        "done('small'); before = peak(); print(done('output').file_count, peak() - before)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), s3_place.url]
+    told = json.dumps(dict(s3_place.options))
+    done = subprocess.run(command, input=told, stdout=subprocess.PIPE, text=True, check=True)
+    count, kib = map(int, done.stdout.split())
+    assert count == 78
+    assert kib < 56 << 10, f"{kib >> 10} MiB"
+
+
 def test_a_full_disk_is_said_so_when_publishing_and_before_fetching(
     small_disk: Path, publish: Callable[..., Summary], s3_place: Location
 ) -> None:
