@@ -10,6 +10,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from ctypes import c_ubyte
 from dataclasses import dataclass
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path, PurePosixPath
@@ -170,21 +171,30 @@ def opened(root: Path, name: str) -> Iterator[int]:
 
 
 def chunks_of(descriptor: int, where: str) -> Iterator[memoryview]:
-    """What is in an open file, a MiB at a time. The memory is used again as soon as nobody has the chunk any more."""
+    """What is in an open file, a MiB at a time. The memory is used again when nobody has the chunk, or a part of it, any more."""
     while True:
         checkpoint()
-        try:
-            memory = _free.pop()
-        except IndexError:
-            memory = mmap(-1, CHUNK_BYTES, MAP_PRIVATE | MAP_ANONYMOUS)
         with translated(where):
+            memory = _unused()
             count = os.readv(descriptor, [memory])
         if not count:
             _free.append(memory)
             return
-        chunk = memoryview(memory)[:count]
-        finalize(chunk, _free.append, memory).atexit = False
-        yield chunk
+        yield _lent(memory, count)
+
+
+def _unused() -> mmap:
+    try:
+        return _free.pop()
+    except IndexError:
+        return mmap(-1, CHUNK_BYTES, MAP_PRIVATE | MAP_ANONYMOUS)
+
+
+def _lent(memory: mmap, count: int) -> memoryview:
+    # Every view of a view holds this object, and not the view that it is of.
+    held = (c_ubyte * CHUNK_BYTES).from_buffer(memory)
+    finalize(held, _free.append, memory).atexit = False
+    return memoryview(held).cast("B")[:count]
 
 
 def _is_plainly_ours(facts: os.stat_result) -> bool:

@@ -20,16 +20,16 @@ from datetime import UTC, datetime, timedelta
 from functools import cache, cached_property, lru_cache
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
-from obstore.exceptions import BaseError, NotFoundError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from ..errors import DatasetChanged, DatasetError, StoreDenied, StoreUnavailable
 from ..manifest import Entry
-from .transfer import CHUNK_BYTES, Chunk, Location, Stopped, checkpoint, pause, translated, turn, wait
-from .verdicts import OutOfRange, quoted
+from .transfer import CHUNK_BYTES, Chunk, Location, checkpoint, pause, translated, turn, wait
+from .verdicts import OutOfRange
 
 if TYPE_CHECKING:
     from obstore import BytesStream, GetOptions
@@ -49,7 +49,7 @@ PIECE_BYTES = 256 << 10
 # botocore returns when all of a piece is there, and cannot be told to stop.
 AWKWARD_PIECE_BYTES = 16 << 10
 PATIENT_SECONDS = 60.0
-# Each holds two parts and a chunk; together with the small files of all workers about 56 MiB.
+# Each holds up to three parts; together with the small files of all workers 76 MiB at most, and 58 MiB as measured.
 _large_uploads = threading.BoundedSemaphore(4)
 
 
@@ -163,7 +163,7 @@ class Objects:
                 self._put(key, _joined(chunks))
             else:
                 with turn(_large_uploads):
-                    self._put_large(key, chunks, size, where)
+                    self._put_parts(key, chunks, max(PART_BYTES, size // MOST_PARTS))
 
     def _put(self, key: str, body: Chunk) -> None:
         connection = self._connection
@@ -172,24 +172,12 @@ class Objects:
         writes = connection.tiny_writes if len(body) <= TINY_BYTES else connection.writes
         wait(lambda: obstore.put_async(writes, key, body, use_multipart=False))
 
-    def _put_large(self, key: str, chunks: Iterable[Chunk], size: int, where: str) -> None:
-        """Let obstore fetch the chunks itself: to hand each over costs as much as half of its hash."""
-        in_parts, part_bytes = size > PART_BYTES, max(PART_BYTES, size // MOST_PARTS)
-        self.in_parts |= in_parts
-        with _Lent(chunks) as lent:
-            try:
-                wait(
-                    lambda: obstore.put_async(
-                        self._connection.writes, key, lent, use_multipart=in_parts, chunk_size=part_bytes, max_concurrency=2
-                    )
-                )
-            except (PermissionDeniedError, UnauthenticatedError, NotFoundError) as error:
-                # obstore aborts what failed, and where that fails, too, tells of that alone; a denial is told when it is tried again.
-                if lent.bytes > part_bytes:
-                    raise StoreUnavailable(
-                        f"The upload of {where} broke off. Try again. The store said: {quoted(error)}"
-                    ) from error
-                raise
+    def _put_parts(self, key: str, chunks: Iterable[Chunk], part_bytes: int) -> None:
+        self.in_parts = True
+        writer = obstore.open_writer_async(self._connection.writes, key, buffer_size=part_bytes, max_concurrency=2)
+        for chunk in chunks:
+            wait(lambda chunk=chunk: writer.write(chunk))  # type: ignore[misc]
+        wait(writer.close)
 
     def _put_awkward(self, key: str, chunks: Iterable[Chunk]) -> None:
         with tempfile.SpooledTemporaryFile(PART_BYTES) as body:
@@ -237,47 +225,9 @@ class Objects:
 
 
 def _joined(chunks: Iterable[Chunk]) -> Chunk:
-    first, *rest = *chunks, b""
-    return b"".join((first, *rest)) if any(rest) else first
-
-
-class _Lent:
-    """Chunks that a library's thread asks for. Nobody is inside them when the block has ended, which raises what they raised."""
-
-    def __init__(self, chunks: Iterable[Chunk]) -> None:
-        self._chunks, self._lock = iter(chunks), threading.Lock()
-        self._is_over = False
-        self._error: BaseException | None = None
-        # What has been asked for so far.
-        self.bytes = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._is_over = True
-        with self._lock:
-            pass
-        if self._error is not None and (error is None or isinstance(error, Exception | Stopped)):
-            raise self._error
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Chunk:
-        with self._lock:
-            if self._is_over:
-                raise Stopped
-            try:
-                chunk = next(self._chunks)
-            except StopIteration:
-                raise
-            except BaseException as error:
-                # An interrupt would end the event loop, and the library may have another error before it tells of this one.
-                self._is_over, self._error = True, error
-                raise Stopped from error
-            self.bytes += len(chunk)
-            return chunk
+    """All of them; a single one, as small files are, is not copied."""
+    body = tuple(chunks)
+    return body[0] if len(body) == 1 else b"".join(body)
 
 
 class _answered(translated):  # noqa: N801 - reads as a statement

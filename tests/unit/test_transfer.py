@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 import botocore.exceptions
+import obstore
 import obstore.exceptions
 import pytest
 
@@ -26,6 +27,7 @@ from oasis_flows.errors import (
     UnsafeName,
 )
 from oasis_flows.manifest import Entry
+from oasis_flows.store.folder import chunks_of
 from oasis_flows.store.journal import Journal
 from oasis_flows.store.transfer import Location, Meter, checkpoint, in_order, pause, translated, wait
 from oasis_flows.store.verdicts import BY_CLASS
@@ -258,3 +260,18 @@ def test_a_journal_gives_the_latest_of_each_file_in_order_and_survives_a_crash(t
     known = {entry.path: (entry.sha256 or "")[0] for entry in journal.entries()}
     assert known == {"a": "2", "b": "2", "c": "3", "d": "2", "e": "1"}
     assert list(known) == sorted(known)
+
+
+def test_what_somebody_holds_of_a_file_is_not_written_over_by_what_is_read_next(tmp_path: Path) -> None:
+    content = b"".join(bytes([number]) * (1 << 20) for number in range(5)) + b"end"
+    (tmp_path / "file").write_bytes(content)
+    with (tmp_path / "file").open("rb", buffering=0) as file:
+        chunks = chunks_of(file.fileno(), "the file")
+        first = next(chunks)
+        part, view = first[10:20], memoryview(first)[-5:]
+        del first
+        second = obstore.Bytes(next(chunks))
+        slice_of_second = second[100:110]
+        del second
+        assert b"".join(chunks) == content[2 << 20 :]
+    assert (bytes(part), bytes(view), bytes(slice_of_second)) == (bytes(10), bytes(5), b"\1" * 10)
